@@ -1,0 +1,1 @@
+"""depthmix: how a deep network carries information from layer to layer."""

@@ -1,0 +1,2 @@
+def available_residuals():
+    return ["prenorm", "mgr-independent", "mgr-competitive"]
