@@ -278,6 +278,7 @@ def test_state_moves_to_another_optimiser_exactly(dtype):
         give_gradients(models[0].parameters(), step)
         optimizers[0].set_lr_fraction(0.5)
         optimizers[0].step()
+        optimizers[0].zero_grad()
     for model in models[1:]:
         model.load_state_dict(models[0].state_dict())
     optimizers[1].load_state_dict(optimizers[0].state_dict())
