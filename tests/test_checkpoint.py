@@ -115,6 +115,8 @@ def test_load_model_takes_a_run_or_a_checkpoint(tmp_path, dtype):
     ids = torch.arange(8).view(1, 8)
     with torch.no_grad():
         assert torch.equal(newest(ids), models[2](ids)) and torch.equal(older(ids), models[1](ids))
+        record_best(tmp_path / "checkpoints", {"step": 1, "val_loss": 2.0})
+        assert torch.equal(load_model(tmp_path)[0](ids), models[1](ids))
     with pytest.raises(UserError, match=r"nothing holds no checkpoint; give a run folder"):
         load_model(tmp_path / "nothing")
 

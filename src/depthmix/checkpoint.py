@@ -351,7 +351,7 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: MuonAdamW) -> N
 
 @torch.no_grad()
 def load_model(path: Path, device: str | torch.device = "cpu") -> tuple[nn.Module, TrainConfig]:
-    """The model of a run folder (its newest checkpoint) or of one checkpoint folder.
+    """The model of a run folder (its best checkpoint, else its newest) or of one checkpoint folder.
 
     In evaluation mode, on ``device``, in the dtype it was trained in. Raises ``UserError`` when there
     is no checkpoint at ``path``, ``RunError`` when it is damaged.
@@ -359,8 +359,10 @@ def load_model(path: Path, device: str | torch.device = "cpu") -> tuple[nn.Modul
     from .model import GPT
 
     path = Path(path)
-    folder = path if (path / "manifest.json").exists() or _NAME.fullmatch(path.name) else None
-    folder = folder or latest_checkpoint(path / "checkpoints")
+    if (path / "manifest.json").exists() or _NAME.fullmatch(path.name):
+        folder = path
+    else:
+        folder = best_checkpoint(path / "checkpoints") or latest_checkpoint(path / "checkpoints")
     if folder is None:
         raise UserError(
             f"{path} holds no checkpoint; give a run folder made by `depthmix train` "
