@@ -221,6 +221,7 @@ class MultiGateResiduals(Residual):
         self.n_sublayers = config.n_sublayers
         self.replay_window = config.replay_window if config.stream_memory == "replay" else None
         self.lerp_depth = config.n_sublayers - (self.n_streams - 1)
+        self.init_bias = None
         if self.lerp_depth >= 1:
             in_formula = (
                 1 if gate == "independent" and config.independent_init == "sigmoid" else self.n_streams
@@ -238,6 +239,18 @@ class MultiGateResiduals(Residual):
                 f"appends and no gate exists. Use n_streams <= {config.n_sublayers}",
                 stacklevel=2,
             )
+
+    def gate_summary(self) -> dict:
+        """Sublayers that append and that lerp, and what Eq. 14 gives for them."""
+        ramp = min(self.n_streams - 1, self.n_sublayers)
+        summary = {"n_streams": self.n_streams, "ramp": ramp, "lerp": self.n_sublayers - ramp}
+        if self.init_bias is not None:
+            if self.gate == "competitive":
+                beta = 1 / (math.exp(self.init_bias) + self.n_streams)
+            else:
+                beta = 1 / (1 + math.exp(-self.init_bias))
+            summary |= {"bias": self.init_bias, "initial_beta": beta}
+        return summary
 
     def begin(self, x):
         return x, (x.unsqueeze(-2) if self.n_streams == 1 else x,)
