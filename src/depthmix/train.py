@@ -177,6 +177,8 @@ class _Run:
         self.began = began
         self.val = dataset.val
         self.data = {"train": dataset.train.fingerprint, "val": dataset.val.fingerprint}
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         self.model = build_model(config, device)
         self.forward = torch.compile(self.model) if config.compile else self.model
         self.optimizer: MuonAdamW = build_optimizer(self.model, config.optim)
