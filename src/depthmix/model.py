@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .config import GPTConfig
 from .errors import UserError
 from .functional import rms_norm
+from .ops.reference import compute_dtype
 from .residuals import build_residual
 
 
@@ -160,29 +161,32 @@ class GPT(nn.Module):
             for i in range(config.n_layer)
         )
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        with torch.device("cpu"):
-            cos, sin = rotary_tables(config.head_dim, config.seq_len, config.rope_theta)
-        device = self.embed.weight.device
-        self.register_buffer("rope_cos", cos.to(device), persistent=False)
-        self.register_buffer("rope_sin", sin.to(device), persistent=False)
-        if device.type != "meta":
+        for name in ("rope_cos", "rope_sin"):
+            self.register_buffer(name, torch.empty(config.seq_len, config.head_dim // 2), persistent=False)
+        if not self.embed.weight.is_meta:
             self.init_weights(seed)
 
     @torch.no_grad()
     def init_weights(self, seed: int | None = None) -> None:
-        """nanoGPT's initialisation: normal(0, .02), projections into the trunk divided by sqrt(L);
-        norms 1; connections as their own equations say."""
+        """Fill every parameter and buffer.
+
+        nanoGPT's initialisation: matrices normal(0, .02), projections into the trunk divided by
+        sqrt(L); norms 1; connections as their own equations say.
+        """
         if seed is None:
             seed = int(torch.randint(2**31, ()).item())
         generator = torch.Generator().manual_seed(seed)
 
         def normal_(weight: Tensor, std: float) -> None:
             # Drawn on the CPU in fp32: the same numbers on every device and in every precision.
-            weight.copy_(
-                torch.empty(weight.shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
-            )
+            drawn = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
+            weight.copy_(drawn.normal_(0.0, std, generator=generator))
 
-        into_trunk = 0.02 / math.sqrt(self.config.n_sublayers)
+        config = self.config
+        tables = rotary_tables(config.head_dim, config.seq_len, config.rope_theta)
+        for buffer, table in zip((self.rope_cos, self.rope_sin), tables, strict=True):
+            buffer.copy_(table)
+        into_trunk = 0.02 / math.sqrt(config.n_sublayers)
         normal_(self.embed.weight, 0.02)
         for block in self.blocks:
             normal_(block.attn.qkv.weight, 0.02)
@@ -218,11 +222,14 @@ class GPT(nn.Module):
     def forward(self, ids: Tensor, targets: Tensor | None = None, *, cache: KVCache | None = None):
         """``ids [B, T]`` -> ``logits [B, T, V]``; with ``targets [B, T]`` -> ``(None, loss)``.
 
-        ``loss`` is the mean cross entropy in nats over all tokens whose target is not -100, fp32.
+        ``loss`` is the mean cross entropy in nats over all tokens whose target is not -100, fp32 (fp64 for an
+        fp64 model).
         With a ``cache``, ``ids`` continue the tokens already in it. Raises ``ValueError`` when
         ``ids`` are not whole numbers or exceed ``seq_len``.
         """
         logits = F.linear(self.hidden(ids, cache), self.embed.weight)
         if targets is None:
             return logits
-        return None, F.cross_entropy(logits.float().view(-1, logits.shape[-1]), targets.reshape(-1))
+        return None, F.cross_entropy(
+            logits.to(compute_dtype(logits.dtype)).view(-1, logits.shape[-1]), targets.reshape(-1)
+        )
