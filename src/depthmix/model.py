@@ -76,7 +76,6 @@ def rotary_tables(head_dim: int, length: int, theta: float) -> tuple[Tensor, Ten
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs ``(x[i], x[i + d/2])`` of ``x [..., T, d]`` by the angles of ``cos, sin [T, d/2]``."""
     first, second = x.chunk(2, -1)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
@@ -162,7 +161,8 @@ class GPT(nn.Module):
         )
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         for name in ("rope_cos", "rope_sin"):
-            self.register_buffer(name, torch.empty(config.seq_len, config.head_dim // 2), persistent=False)
+            table = torch.empty(config.seq_len, config.head_dim // 2, dtype=torch.float32)
+            self.register_buffer(name, table, persistent=False)
         if not self.embed.weight.is_meta:
             self.init_weights(seed)
 
@@ -211,7 +211,10 @@ class GPT(nn.Module):
                 f"{end} tokens do not fit: the model was built for seq_len = {self.config.seq_len}"
                 + ("" if cache is None else f" and the cache holds {cache.capacity}")
             )
-        cos, sin = self.rope_cos[start:end], self.rope_sin[start:end]
+        dtype, device = self.embed.weight.dtype, ids.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)  # what queries and keys come in
+        cos, sin = self.rope_cos[start:end].to(dtype), self.rope_sin[start:end].to(dtype)
         h, state = self.residual.begin(self.embed(ids))
         for layer, block in enumerate(self.blocks):
             h, state = block(h, state, cos, sin, cache, layer)
