@@ -25,6 +25,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -110,7 +111,10 @@ def prepare(
     with contextlib.ExitStack() as stack:
         with _refusals(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_locked(_lock_path(folder)))
+            if not stack.enter_context(_locked(_lock_path(folder), wait=False)):
+                if progress:
+                    print(f"another process is preparing {folder}, waiting for it", file=sys.stderr)
+                stack.enter_context(_locked(_lock_path(folder)))
         if not _is_there(folder, key):  # nobody made it while we waited
             _sweep(folder, everything=out is None)
             _build(config, sources, key, folder, workers or _cores(), progress, shard_tokens)
@@ -356,7 +360,7 @@ def _lock_path(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
+def _locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
     """Hold the lock file ``path``; yields False if another process does and ``wait`` is false.
 
     The kernel lets go of the lock when its holder dies, however it dies. The
