@@ -27,7 +27,7 @@ def test_shuffle_of_huge_ranges_never_repeats(size, seed, start):
     assert int(windows.max()) < size
 
 
-@pytest.mark.parametrize("size", [2, 7, 12, 100])
+@pytest.mark.parametrize("size", [2, 7, 12, 40])
 def test_shuffle_puts_every_window_everywhere(size):
     """Over many epochs each window comes first, and last, about equally often (6 standard deviations)."""
     epochs = 200 * size
