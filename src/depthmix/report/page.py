@@ -16,12 +16,12 @@ Figures = list[tuple[str, str, str]]
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --soft: #5b6169; --ground: #ffffff; --card: #f5f6f7;
-  --line: #d9dce0; --mark: #0072b2; }
+  --line: #d9dce0; --blue: #0072b2; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e8ea; --soft: #a3a9b1; --ground: #15171a;
-  --card: #1e2125; --line: #363b41; --mark: #56b4e9; } }
+  --card: #1e2125; --line: #363b41; --blue: #3d9be0; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 72rem; color: var(--ink); background: var(--ground);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; overflow-wrap: anywhere; }
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; overflow-wrap: break-word; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .25rem; }
 h2 { font-size: 1.15rem; margin: 2.25rem 0 .75rem; }
 h3 { font-size: 1rem; margin: 1rem 0 .25rem; }
@@ -34,6 +34,7 @@ th span { display: block; font-weight: 400; color: var(--soft); }
 td { white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 td:first-child { font-weight: 600; }
+.wide { overflow-x: auto; }
 .state { display: block; font-weight: 400; font-size: .85rem; color: var(--soft); }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); gap: 1.25rem; }
 figure { margin: 0; padding: 1rem; background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
@@ -43,7 +44,7 @@ svg { display: block; width: 100%; height: auto; }
 dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: .1rem 1.5rem; margin: 0; }
 dl div { display: flex; justify-content: space-between; gap: 1rem; border-bottom: 1px solid var(--line);
   padding: .15rem 0; font-size: .9rem; }
-dd { margin: 0; text-align: right; font-variant-numeric: tabular-nums; }
+dd { margin: 0; text-align: right; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .75rem 1rem;
   white-space: pre-wrap; font: .85rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 ul { padding-left: 1.2rem; max-width: 46rem; }
@@ -52,9 +53,9 @@ ul { padding-left: 1.2rem; max-width: 46rem; }
   table, tbody, tr, td { display: block; }
   tr { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .5rem .9rem;
     margin-bottom: .75rem; }
-  td { display: flex; justify-content: space-between; gap: 1rem; padding: .2rem 0; white-space: normal; }
+  td { display: flex; justify-content: space-between; gap: 1rem; padding: .2rem 0; }
   tr td:last-child { border-bottom: 0; }
-  td::before { content: attr(data-label); color: var(--soft); text-align: left; font-weight: 400; }
+  td::before { content: attr(data-label); color: var(--soft); text-align: left; font-weight: 400; white-space: normal; }
   td:first-child::before { content: none; }
   figure { padding: .6rem; }
 }
@@ -97,7 +98,9 @@ def _table(head: list[tuple[str, str]], rows: list[list[str]]) -> str:
             for (title, unit), cell in zip(head, row, strict=True)
         )
         body += f"<tr>{cells}</tr>\n"
-    return f"<table>\n<thead><tr>{titles}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>"
+    return (
+        f'<div class="wide"><table>\n<thead><tr>{titles}</tr></thead>\n<tbody>\n{body}</tbody>\n</table></div>'
+    )
 
 
 def _definitions(title: str, values: dict) -> str:

@@ -100,7 +100,7 @@ def draw_loss(ax, groups: Groups, baseline: str | None, ink: str, axis: str = "t
         colour, line = styles[name]
         for run in runs:
             x, y = _thin(_x(run, run.train, axis, size), run.train["loss"])
-            ax.plot(x, y, color=colour, alpha=0.6 / (2 + len(groups)), linewidth=0.6)
+            ax.plot(x, y, color=colour, alpha=0.8 / (2 + len(groups)), linewidth=0.6)
         whole = _longest(runs)
         if not whole:
             continue
@@ -108,7 +108,7 @@ def draw_loss(ax, groups: Groups, baseline: str | None, ink: str, axis: str = "t
         mean = np.mean([smooth(run.train["loss"], window) for run in whole], axis=0)
         x = np.mean([_x(run, run.train, axis, size) for run in whole], axis=0)
         ax.plot(*_thin(x, mean), color=colour, linestyle=line, linewidth=1.5, label=name)
-        settled = mean.size // 20
+        settled = mean.size // 10
         high.append(float(np.nanmax(mean[settled:])))
         low += [float(np.nanmin(run.train["loss"][settled:])) for run in whole]
         evaluated = _longest_validation(whole)
@@ -186,6 +186,8 @@ def draw_difference(ax, groups: Groups, baseline: str, ink: str) -> bool:
 
 def draw_gradient_norm(ax, groups: Groups, baseline: str | None, ink: str) -> None:
     """Global gradient norm before clipping, smoothed, mean over seeds, logarithmic."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
     size, label = _token_axis(groups)
     styles = _style(list(groups), baseline, ink)
     for name, runs in groups.items():
@@ -200,6 +202,10 @@ def draw_gradient_norm(ax, groups: Groups, baseline: str | None, ink: str) -> No
         ax.plot(*_thin(x, smooth(raw, smoothing_window(raw.size))), color=colour, linestyle=line, label=name)
         if (raw > 0).any():
             ax.set_yscale("log")
+            plain = FuncFormatter(lambda value, _: f"{value:g}")
+            ax.yaxis.set_major_formatter(plain)
+            low, high = ax.get_ylim()
+            ax.yaxis.set_minor_formatter(plain if high < 10 * low else NullFormatter())
     ax.set_xlim(left=0)
     ax.set_xlabel(label)
     ax.set_ylabel("gradient norm")
@@ -238,12 +244,13 @@ def _figure(width: float, height: float, panels: int, ink: str, transparent: boo
     return figure, axes
 
 
-def _settings(ink: str) -> dict:
+def _settings(ink: str, size: float) -> dict:
     return {
-        "font.size": 9,
+        "font.size": size,
         "axes.edgecolor": ink,
         "axes.labelcolor": ink,
-        "axes.titlesize": 10,
+        "axes.titlesize": "medium",
+        "legend.fontsize": "medium",
         "axes.titlelocation": "left",
         "text.color": ink,
         "xtick.color": ink,
@@ -273,7 +280,7 @@ def png(groups: Groups, baseline: str | None) -> bytes:
     import matplotlib
 
     two = baseline is not None and len(groups) > 1
-    with matplotlib.rc_context(_settings(INK)):
+    with matplotlib.rc_context(_settings(INK, 9)):
         figure, axes = _figure(10 if two else 6.4, 4.2, 2 if two else 1, INK, transparent=False)
         draw_loss(axes[0], groups, baseline, INK)
         if two:
@@ -334,7 +341,7 @@ def _svg(draw, title: str) -> str:
 
     import matplotlib
 
-    with matplotlib.rc_context(_settings(_SVG_INK)):
+    with matplotlib.rc_context(_settings(_SVG_INK, 10.5)):
         figure, axes = _figure(5.6, 3.7, 1, _SVG_INK, transparent=True)
         if draw(axes[0]) is False:
             return ""
@@ -343,6 +350,8 @@ def _svg(draw, title: str) -> str:
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(_SVG_INK, "currentColor")
+    # The palette's blue is too dark for a dark page; the page's style sets it.
+    text = text.replace(PALETTE[0].lower(), "var(--blue)")
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     # Size comes from the page's style; the viewBox keeps the proportions.
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)

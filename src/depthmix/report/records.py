@@ -131,16 +131,18 @@ def _number(value) -> float:
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred moving mean over ``window`` entries, which shrinks symmetrically at both ends.
+    """Moving mean over ``window`` entries, centred, so that two smoothed curves compare at one step.
 
-    It has no lag, so that two smoothed curves can be compared at one step.
+    At the start, where loss falls steeply, the window shrinks on both sides; at
+    the end, where it is flat, only the part beyond the data is left out.
     """
     half = max(0, (window - 1) // 2)
     n = values.size
     total = np.concatenate(([0.0], np.cumsum(values)))
     index = np.arange(n)
-    reach = np.minimum(half, np.minimum(index, n - 1 - index))
-    return (total[index + reach + 1] - total[index - reach]) / (2 * reach + 1)
+    before = np.minimum(half, index)
+    after = np.minimum(np.minimum(half, index), n - 1 - index)
+    return (total[index + after + 1] - total[index - before]) / (before + after + 1)
 
 
 def smoothing_window(steps: int) -> int:
