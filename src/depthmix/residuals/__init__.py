@@ -1,2 +1,16 @@
-def available_residuals():
-    return ["prenorm", "mgr-independent", "mgr-competitive"]
+"""Residual connections, one file per family; importing this package registers them all."""
+
+from . import prenorm, mgr  # noqa: F401, I001 (the order of registration is the order users see)
+from .base import Residual, Site, available_residuals, build_residual, register, residual_summaries
+from .mgr import MultiGateResidual, gate_bias_init
+
+__all__ = [
+    "MultiGateResidual",
+    "Residual",
+    "Site",
+    "available_residuals",
+    "build_residual",
+    "gate_bias_init",
+    "register",
+    "residual_summaries",
+]

@@ -1,0 +1,204 @@
+r"""Depth mixing as stateless operations; each checks its arguments and picks an implementation.
+
+Eager calls run :mod:`depthmix.ops.eager` (gradients by hand, first order);
+inside ``torch.compile`` the plain-torch :mod:`depthmix.ops.reference` is traced instead, for
+the compiler to fuse. Both compute the equations in :mod:`depthmix.ops.reference`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import UserError, suggest
+from .ops import eager, reference
+
+GATES = ("competitive", "independent")
+
+
+def _shape(x: Tensor) -> str:
+    return "[" + ", ".join(map(str, x.shape)) + "]"
+
+
+def _check_floating(**tensors: Tensor | None) -> None:
+    """Every tensor is floating and on the device of the first."""
+    first_name, first = next(iter(tensors.items()))
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
+            raise UserError(f"{name} must be a tensor, got {type(x).__name__}")
+        if not x.dtype.is_floating_point:
+            raise UserError(f"{name} must be floating point, got {x.dtype}; convert it with .float()")
+        if x.device != first.device:
+            raise UserError(f"{name} is on {x.device} but {first_name} is on {first.device}; move one of them")
+
+
+def _check_vector(name: str, x: Tensor | None, size: int, meaning: str) -> None:
+    if x is not None and x.shape != (size,):
+        raise UserError(f"{name} must have shape [{size}] ({meaning}), got {_shape(x)}")
+
+
+def _check_streams(streams: Tensor) -> None:
+    if streams.dim() < 2:
+        raise UserError(f"streams must have shape [..., n, D], got {_shape(streams)}")
+    n, width = streams.shape[-2:]
+    if not 1 <= n <= 64:
+        raise UserError(f"streams must hold 1 to 64 streams in dimension -2, got {n} in {_shape(streams)}")
+    if width < 1:
+        raise UserError(f"streams must have at least one feature, got {_shape(streams)}")
+
+
+def multi_gate_residual(
+    layer_output: Tensor,
+    streams: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    pool_weight: Tensor | None,
+    *,
+    gate: str = "competitive",
+    update_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One step of Multi-Gate Residuals: gate, lerp, pool (arXiv 2605.23259, Eq. 1 to 5, Listing 1).
+
+    Args:
+        layer_output: ``[..., D]``, the sublayer's output y.
+        streams: ``[..., n, D]`` with the same leading shape; n from 1 to 64, any D >= 1.
+        gate_weight: ``[D]``, w1.
+        gate_bias: ``[n + 1]`` for the competitive gate (entry 0 keeps), ``[n]`` for the independent one.
+        pool_weight: ``[D]``, w2; ``None`` pools with equal weights.
+        gate: ``"competitive"`` or ``"independent"``.
+        update_weight: ``[D]`` or ``None``: lets the gate also score the update, ``+ w3 . rms(y) / sqrt(D)``.
+        eps: added to the mean square inside every score.
+        norm_weight: ``[D]`` or ``None``: return h RMS-normalised (with ``norm_eps``) and scaled,
+            ready for the next sublayer.
+        scale: of gate and pool scores; ``None`` is the paper's 1/sqrt(D).
+
+    Returns:
+        ``(h [..., D], new_streams [..., n, D])`` in the dtype of ``streams``. fp32, bf16, fp16
+        (arithmetic in fp32) or fp64. ``||new_streams_i|| <= max(||streams_i||, ||layer_output||)``
+        and ``||h|| <= max_i ||new_streams_i||`` up to rounding (Eq. 8, 9).
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit; names the argument.
+    """
+    _check_floating(
+        streams=streams,
+        layer_output=layer_output,
+        gate_weight=gate_weight,
+        gate_bias=gate_bias,
+        pool_weight=pool_weight,
+        update_weight=update_weight,
+        norm_weight=norm_weight,
+    )
+    _check_streams(streams)
+    *leading, n, width = streams.shape
+    if gate not in GATES:
+        raise UserError(suggest(str(gate), GATES, "gate"))
+    if layer_output.shape != (*leading, width):
+        raise UserError(
+            f"layer_output must have the shape of streams without the stream dimension, "
+            f"got layer_output {_shape(layer_output)} and streams {_shape(streams)}"
+        )
+    for name, x in (
+        ("gate_weight", gate_weight),
+        ("pool_weight", pool_weight),
+        ("update_weight", update_weight),
+        ("norm_weight", norm_weight),
+    ):
+        _check_vector(name, x, width, "the feature dimension of streams")
+    _check_vector(
+        "gate_bias",
+        gate_bias,
+        n + (gate == "competitive"),
+        f"{gate} gate with n = {n} streams{', entry 0 keeps' if gate == 'competitive' else ''}",
+    )
+
+    scale = width**-0.5 if scale is None else scale
+    if torch.compiler.is_compiling():
+        h, new_streams = reference.multi_gate_residual(
+            layer_output, streams, gate_weight, gate_bias, pool_weight, gate, update_weight, scale, eps
+        )
+    else:
+        h, new_streams = eager.MultiGateStep.apply(
+            layer_output.reshape(-1, width),
+            streams.reshape(-1, n, width),
+            gate_weight, gate_bias, pool_weight, update_weight, gate, scale, eps,
+        )  # fmt: skip
+        h, new_streams = h.view(layer_output.shape), new_streams.view(streams.shape)
+    if norm_weight is not None:
+        h = rms_norm(h, norm_weight, norm_eps)
+    return h, new_streams
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, statistics in fp32, dtype of ``x``."""
+    # Of one dtype, torch's kernels already accumulate in fp32; of two, they would promote the result.
+    return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)
+
+
+def attention_pool(
+    streams: Tensor, pool_weight: Tensor | None, *, scale: float | None = None, eps: float = 1e-6
+) -> Tensor:
+    """Softmax-weighted mean of the streams, ``alpha = softmax_i(scale * w . rms(s_i))`` (Eq. 1).
+
+    Args:
+        streams: ``[..., n, D]``; n from 1 to 64.
+        pool_weight: ``[D]``; ``None`` gives equal weights.
+        scale: ``None`` is 1/sqrt(D), as in MGR; Attention Residuals use 1.0.
+        eps: added to the mean square inside the score.
+
+    Returns:
+        ``[..., D]`` in the dtype of ``streams``; arithmetic in fp32.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit; names the argument.
+    """
+    _check_floating(streams=streams, pool_weight=pool_weight)
+    _check_streams(streams)
+    *leading, n, width = streams.shape
+    _check_vector("pool_weight", pool_weight, width, "the feature dimension of streams")
+    scale = width**-0.5 if scale is None else scale
+    if torch.compiler.is_compiling():
+        return reference.attention_pool(streams, pool_weight, scale, eps)
+    h = eager.AttentionPool.apply(streams.reshape(-1, n, width), pool_weight, scale, eps)
+    return h.view(*leading, width)
+
+
+def source_pool(
+    sources: Sequence[Tensor], pool_weight: Tensor, *, scale: float | None = None, eps: float = 1e-6
+) -> Tensor:
+    """:func:`attention_pool` over separate tensors, without stacking them.
+
+    Args:
+        sources: one or more tensors ``[..., D]`` of one shape and dtype.
+        pool_weight, scale, eps: as in :func:`attention_pool`.
+
+    Returns:
+        ``[..., D]`` in the dtype of the sources.
+
+    Raises:
+        ValueError: no source, or a shape, dtype or device does not fit.
+    """
+    if len(sources) == 0:
+        raise UserError("sources must hold at least one tensor, got none")
+    _check_floating(**{f"sources[{i}]": x for i, x in enumerate(sources)}, pool_weight=pool_weight)
+    first = sources[0]
+    for i, x in enumerate(sources):
+        if x.shape != first.shape or x.dtype != first.dtype:
+            raise UserError(
+                f"sources must agree in shape and dtype, got {_shape(first)} {first.dtype} for the first "
+                f"and {_shape(x)} {x.dtype} for sources[{i}]"
+            )
+    width = first.shape[-1]
+    _check_vector("pool_weight", pool_weight, width, "the feature dimension of the sources")
+    scale = width**-0.5 if scale is None else scale
+    if torch.compiler.is_compiling():
+        return reference.attention_pool(torch.stack(list(sources), -2), pool_weight, scale, eps)
+    flat = (x.reshape(-1, width) for x in sources)
+    return eager.SourcePool.apply(pool_weight, scale, eps, *flat).view(first.shape)

@@ -1,0 +1,222 @@
+r"""A GPT whose residual connection is a choice (paper, Appendix B).
+
+Decoder with RoPE, RMSNorm, a ReLU\ :sup:`2` MLP of width 4D, no biases, tied embeddings. A
+*sublayer* is an attention or an MLP with its own pre-norm, ``y = F(h)``; what happens between
+sublayers is the business of :mod:`depthmix.residuals` alone::
+
+    h, state = begin(embedding)
+    for every sublayer F:   h, state = site(F(h), state)
+    logits = head(norm(finish(h, state)))
+
+Shapes: ``B`` sequences, ``T`` tokens, ``D`` features, ``H`` heads of ``d`` features, ``V`` tokens in
+the vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import GPTConfig
+from .errors import UserError
+from .functional import rms_norm
+from .residuals import build_residual
+
+
+@dataclass
+class KVCache:
+    """Keys and values of the tokens seen so far, one pair per block; ``length`` tokens are filled.
+
+    ``keys[b]`` and ``values[b]`` are ``[B, H, capacity, d]``. Every residual connection here mixes
+    over depth within one token, so none of them needs a cache of its own.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    length: int = 0
+
+    @classmethod
+    def empty(cls, config: GPTConfig, batch: int, capacity: int, device=None, dtype=torch.float32) -> "KVCache":
+        """Room for ``capacity`` tokens of ``batch`` sequences."""
+        shape = (batch, config.n_head, capacity, config.head_dim)
+        keys, values = (
+            [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)] for _ in range(2)
+        )
+        return cls(keys, values)
+
+    @property
+    def capacity(self) -> int:
+        return self.keys[0].shape[2]
+
+
+class RMSNorm(nn.Module):
+    """``x / sqrt(mean(x^2) + eps) * weight``, statistics in fp32."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rotary_tables(head_dim: int, length: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines ``[length, head_dim / 2]`` of ``position * theta^(-2i / head_dim)``, fp32."""
+    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angle = torch.arange(length, dtype=torch.float64).unsqueeze(1) * frequency
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs ``(x[i], x[i + d/2])`` of ``x [..., T, d]`` by the angles of ``cos, sin [T, d/2]``."""
+    first, second = x.chunk(2, -1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with its pre-norm, ``[B, T, D] -> [B, T, D]``."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head, self.head_dim = config.n_head, config.head_dim
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        # Rows are ordered head by head, each with its query, key and value: a split by rows is a
+        # split by heads.
+        self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
+        self.proj = nn.Linear(config.d_model, config.d_model, bias=False)
+
+    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        B, T, D = h.shape
+        qkv = self.qkv(self.norm(h)).view(B, T, self.n_head, 3, self.head_dim)
+        qk, v = qkv.permute(0, 2, 3, 1, 4).split([2, 1], 2)  # [B, H, 2, T, d], [B, H, 1, T, d]
+        q, k = rotate(qk, cos, sin).unbind(2)
+        v = v.squeeze(2)
+        mask = None
+        if cache is not None:
+            start, end = cache.length, cache.length + T
+            cache.keys[layer][:, :, start:end] = k
+            cache.values[layer][:, :, start:end] = v
+            k, v = cache.keys[layer][:, :, :end].to(q.dtype), cache.values[layer][:, :, :end].to(q.dtype)
+            if start > 0 and T > 1:
+                mask = torch.ones(T, end, dtype=torch.bool, device=h.device).tril(start)
+        causal = mask is None and k.shape[2] == T and T > 1
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        return self.proj(y.transpose(1, 2).reshape(B, T, D))
+
+
+class MLP(nn.Module):
+    """ReLU\\ :sup:`2` MLP with its pre-norm, ``[B, T, D] -> [B, T, D]``."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.fc = nn.Linear(config.d_model, 4 * config.d_model, bias=False)
+        self.proj = nn.Linear(4 * config.d_model, config.d_model, bias=False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.proj(self.fc(self.norm(h)).relu().square())
+
+
+class Block(nn.Module):
+    """Attention, MLP, and the site behind each."""
+
+    def __init__(self, config: GPTConfig, attn_site: nn.Module, mlp_site: nn.Module):
+        super().__init__()
+        self.attn = Attention(config)
+        self.attn_site = attn_site
+        self.mlp = MLP(config)
+        self.mlp_site = mlp_site
+
+    def forward(self, h, state, cos, sin, cache: KVCache | None = None, layer: int = 0):
+        h, state = self.attn_site(self.attn(h, cos, sin, cache, layer), state)
+        return self.mlp_site(self.mlp(h), state)
+
+
+class GPT(nn.Module):
+    """``model(ids) -> logits``; ``model(ids, targets) -> (None, loss)``.
+
+    Args:
+        config: what to build.
+        seed: of the initial weights. Embedding and sublayers are drawn in one fixed order from a
+            generator of their own, so that the same seed gives the same ones whatever the residual
+            connection. ``None`` draws a fresh seed from torch's global generator.
+    """
+
+    def __init__(self, config: GPTConfig, *, seed: int | None = None):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.residual = build_residual(config)
+        self.blocks = nn.ModuleList(
+            Block(config, self.residual.site(2 * i + 1), self.residual.site(2 * i + 2))
+            for i in range(config.n_layer)
+        )
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        with torch.device("cpu"):
+            cos, sin = rotary_tables(config.head_dim, config.seq_len, config.rope_theta)
+        device = self.embed.weight.device
+        self.register_buffer("rope_cos", cos.to(device), persistent=False)
+        self.register_buffer("rope_sin", sin.to(device), persistent=False)
+        if device.type != "meta":
+            self.init_weights(seed)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int | None = None) -> None:
+        """nanoGPT's initialisation: normal(0, .02), projections into the trunk divided by sqrt(L);
+        norms 1; connections as their own equations say."""
+        if seed is None:
+            seed = int(torch.randint(2**31, ()).item())
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal_(weight: Tensor, std: float) -> None:
+            # Drawn on the CPU in fp32: the same numbers on every device and in every precision.
+            weight.copy_(torch.empty(weight.shape, dtype=torch.float32).normal_(0.0, std, generator=generator))
+
+        into_trunk = 0.02 / math.sqrt(self.config.n_sublayers)
+        normal_(self.embed.weight, 0.02)
+        for block in self.blocks:
+            normal_(block.attn.qkv.weight, 0.02)
+            normal_(block.attn.proj.weight, into_trunk)
+            normal_(block.mlp.fc.weight, 0.02)
+            normal_(block.mlp.proj.weight, into_trunk)
+        for module in self.modules():
+            if isinstance(module, RMSNorm):
+                module.weight.fill_(1.0)
+            elif hasattr(module, "reset_parameters") and not isinstance(module, nn.Linear | nn.Embedding):
+                module.reset_parameters()
+
+    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """The normed output of the trunk, ``[B, T, D]``, for ``ids [B, T]``."""
+        if ids.dim() != 2 or ids.dtype.is_floating_point:
+            raise UserError(f"ids must be whole numbers of shape [B, T], got {ids.dtype} {list(ids.shape)}")
+        start = 0 if cache is None else cache.length
+        end = start + ids.shape[1]
+        limit = self.config.seq_len if cache is None else min(self.config.seq_len, cache.capacity)
+        if end > limit:
+            raise UserError(
+                f"{end} tokens do not fit: the model was built for seq_len = {self.config.seq_len}"
+                + ("" if cache is None else f" and the cache holds {cache.capacity}")
+            )
+        cos, sin = self.rope_cos[start:end], self.rope_sin[start:end]
+        h, state = self.residual.begin(self.embed(ids))
+        for layer, block in enumerate(self.blocks):
+            h, state = block(h, state, cos, sin, cache, layer)
+        if cache is not None:
+            cache.length = end
+        return self.norm(self.residual.finish(h, state))
+
+    def forward(self, ids: Tensor, targets: Tensor | None = None, *, cache: KVCache | None = None):
+        """``ids [B, T]`` -> ``logits [B, T, V]``; with ``targets [B, T]`` -> ``(None, loss)``.
+
+        ``loss`` is the mean cross entropy in nats over all tokens whose target is not -100, fp32.
+        With a ``cache``, ``ids`` continue the tokens already in it. Raises ``ValueError`` when
+        ``ids`` are not whole numbers or exceed ``seq_len``.
+        """
+        logits = F.linear(self.hidden(ids, cache), self.embed.weight)
+        if targets is None:
+            return logits
+        return None, F.cross_entropy(logits.float().view(-1, logits.shape[-1]), targets.reshape(-1))

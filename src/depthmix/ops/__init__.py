@@ -1,0 +1,1 @@
+"""The arithmetic of depth mixing: ``reference`` reads like the papers, ``eager`` is fast without a compiler."""

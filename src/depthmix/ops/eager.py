@@ -1,0 +1,278 @@
+r"""The MGR step and the pool for eager execution: few passes over the streams, gradients by hand.
+
+Run operation by operation, the reference reads and writes an ``n x D`` tile some
+fifteen times forward and more backward, and keeps several of them for autograd.
+Here a score is a matrix-vector product times a reciprocal root mean square, so
+that no normalised copy of the streams is ever written, and the gradients are
+written out, so that nothing but the streams themselves is kept:
+
+with :math:`r_i = 1/\sqrt{\mathrm{mean}(s_i^2) + \epsilon}` and score :math:`g_i = c\,r_i\,(w \cdot s_i)`,
+
+.. math:: \partial g_i / \partial s_i = c\, r_i\, w - (g_i r_i^2 / D)\, s_i, \qquad
+          \partial g_i / \partial w = c\, r_i\, s_i .
+
+Shapes inside this file: ``N`` tokens, ``n`` streams, ``D`` features; streams ``[N, n, D]``.
+A mean square that overflows gives ``r = 0`` and a score of 0, as RMSNorm itself does.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .reference import compute_dtype
+
+
+def _to(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else x.to(dtype)
+
+
+def _reciprocal_rms(x: Tensor, eps: float) -> Tensor:
+    """``[..., D] -> [...]`` in the compute dtype of ``x``."""
+    norm = torch.linalg.vector_norm(x, dim=-1, dtype=compute_dtype(x.dtype))
+    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+def _score(x: Tensor, weight: Tensor, reciprocal: Tensor, scale: float) -> Tensor:
+    """``scale * weight . rms(x)``: ``x [..., D]`` in a compute dtype -> ``[...]``."""
+    dot = torch.mv(x.reshape(-1, x.shape[-1]), weight).view(reciprocal.shape)
+    # 0 * inf: where the mean square overflowed the normalised vector is 0, and so is its score.
+    return dot.mul_(reciprocal).mul_(scale).masked_fill_(reciprocal == 0, 0.0)
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    """Softmax over a last dimension of a few entries, where the library's kernel is slow."""
+    weights = torch.exp(logits - logits.amax(-1, keepdim=True))
+    return weights.div_(weights.sum(-1, keepdim=True))
+
+
+def _weighted_sum(weights: Tensor, streams: Tensor) -> Tensor:
+    """``sum_i weights[N, n] streams[N, n, D] -> [N, D]``, one pass, in the order of the streams."""
+    total = weights[:, :1] * streams[:, 0]
+    for i in range(1, streams.shape[1]):
+        total.addcmul_(weights[:, i : i + 1], streams[:, i])
+    return total
+
+
+def _weight_gradient(x: Tensor, coefficient: Tensor) -> Tensor:
+    """``sum over all rows of coefficient[row] x[row]``: ``x [..., D] -> [D]``."""
+    return torch.mv(x.reshape(-1, x.shape[-1]).t(), coefficient.reshape(-1))
+
+
+def gate_forward(layer_output, streams, gate_weight, gate_bias, gate, update_weight, scale, eps):
+    """``beta [N, n]`` and what its gradient needs: ``(r, g, r_y, g_y)``; inputs in the compute dtype."""
+    r = _reciprocal_rms(streams, eps)
+    g = _score(streams, gate_weight, r, scale)
+    logits, r_y, g_y = g, None, None
+    if update_weight is not None:
+        r_y = _reciprocal_rms(layer_output, eps)
+        g_y = _score(layer_output, update_weight, r_y, scale)
+        logits = g + g_y.unsqueeze(-1)
+    if gate == "independent":
+        beta = torch.sigmoid(logits + gate_bias)
+    else:
+        keep = gate_bias[0].expand(logits.shape[0], 1)
+        # A slice of the softmax would keep the unused first column alive for as long as beta lives.
+        beta = _softmax(torch.cat([keep, logits + gate_bias[1:]], -1))[:, 1:].contiguous()
+    return beta, r, g, r_y, g_y
+
+
+def lerp(layer_output: Tensor, streams: Tensor, beta: Tensor, dtype: torch.dtype) -> Tensor:
+    """``(1 - beta) s + beta y`` in the compute dtype, rounded to ``dtype``.
+
+    The one place where streams are advanced: replay repeats this call and gets the same bits.
+    """
+    beta = beta.unsqueeze(-1)
+    new = streams * (1 - beta)
+    return new.addcmul_(beta, layer_output.unsqueeze(-2)).to(dtype)
+
+
+def pool_forward(streams: Tensor, pool_weight: Tensor | None, scale: float, eps: float):
+    """``h [N, D]`` and ``(alpha, r, a)``; streams in the compute dtype."""
+    if pool_weight is None:
+        alpha = streams.new_full(streams.shape[:-1], 1 / streams.shape[-2])
+        return _weighted_sum(alpha, streams), alpha, None, None
+    r = _reciprocal_rms(streams, eps)
+    a = _score(streams, pool_weight, r, scale)
+    alpha = _softmax(a)
+    return _weighted_sum(alpha, streams), alpha, r, a
+
+
+def _add_score_gradient(into: Tensor, x: Tensor, weight: Tensor, d_score, r, value, scale: float) -> Tensor:
+    """Add the gradient of a score to ``into``; returns the gradient of ``weight``.
+
+    ``into, x [..., D]``; ``d_score, r, value [...]``.
+    """
+    along_weight = d_score * r * scale
+    along_x = d_score * value * r * r / -x.shape[-1]
+    into.addcmul_(along_weight.unsqueeze(-1), weight)
+    into.addcmul_(along_x.unsqueeze(-1), x)
+    return _weight_gradient(x, along_weight)
+
+
+def pool_backward(grad_h, grad_streams, streams, pool_weight, alpha, r, a, scale):
+    """Gradients of the pool: ``(grad_streams + its own part [N, n, D], grad pool_weight [D] or None)``."""
+    if grad_h is None:  # the read was not used
+        return grad_streams.clone(), None if pool_weight is None else torch.zeros_like(pool_weight)
+    if grad_streams is None:  # the streams were only read
+        grad = alpha.unsqueeze(-1) * grad_h.unsqueeze(-2)
+    else:
+        grad = torch.addcmul(grad_streams, alpha.unsqueeze(-1), grad_h.unsqueeze(-2))
+    if pool_weight is None:
+        return grad, None
+    d_alpha = (streams * grad_h.unsqueeze(-2)).sum(-1)
+    d_a = alpha * (d_alpha - (alpha * d_alpha).sum(-1, keepdim=True))
+    return grad, _add_score_gradient(grad, streams, pool_weight, d_a, r, a, scale)
+
+
+def gate_backward(grad_new, layer_output, streams, gate_weight, gate, update_weight, beta, r, g, r_y, g_y, scale):
+    """Gradients of gate and lerp given ``grad_new [N, n, D]`` of the new streams; overwrites ``grad_new``.
+
+    Returns ``(layer_output, streams, gate_weight, gate_bias, update_weight)`` gradients.
+    """
+    d_beta = ((layer_output.unsqueeze(-2) - streams).mul_(grad_new)).sum(-1)
+    if gate == "independent":
+        d_logits = beta * (1 - beta) * d_beta
+        d_bias = d_logits.sum(0)
+    else:
+        mean = (beta * d_beta).sum(-1, keepdim=True)
+        d_logits = beta * (d_beta - mean)
+        d_keep = -(1 - beta.sum(-1, keepdim=True)) * mean
+        d_bias = torch.cat([d_keep.sum(0), d_logits.sum(0)])
+    d_output = _weighted_sum(beta, grad_new)
+    d_update = None
+    if update_weight is not None:
+        d_update = _add_score_gradient(
+            d_output, layer_output, update_weight, d_logits.sum(-1), r_y, g_y, scale
+        )
+    d_streams = grad_new.mul_((1 - beta).unsqueeze(-1))
+    d_weight = _add_score_gradient(d_streams, streams, gate_weight, d_logits, r, g, scale)
+    return d_output, d_streams, d_weight, d_bias, d_update
+
+
+def _plain(device: torch.device):
+    """Autocast must not reach inside: gate and pool arithmetic is fp32."""
+    return torch.autocast(device.type, enabled=False)
+
+
+class MultiGateStep(torch.autograd.Function):
+    """``(y [N, D], streams [N, n, D], parameters) -> (h [N, D], new_streams [N, n, D])``.
+
+    Keeps ``y``, the streams before and after, and a few numbers per stream.
+    """
+
+    @staticmethod
+    def forward(ctx, layer_output, streams, gate_weight, gate_bias, pool_weight, update_weight, gate, scale, eps):
+        dtype = compute_dtype(streams.dtype)
+        w1, bias, w2, w3 = (_to(w, dtype) for w in (gate_weight, gate_bias, pool_weight, update_weight))
+        with _plain(streams.device):
+            y, s = layer_output.to(dtype), streams.to(dtype)
+            beta, r, g, r_y, g_y = gate_forward(y, s, w1, bias, gate, w3, scale, eps)
+            new_streams = lerp(y, s, beta, streams.dtype)
+            h, alpha, r_new, a = pool_forward(new_streams.to(dtype), w2, scale, eps)
+        ctx.save_for_backward(
+            layer_output, streams, new_streams, gate_weight, gate_bias, pool_weight, update_weight,
+            beta, r, g, r_y, g_y, alpha, r_new, a,
+        )  # fmt: skip
+        ctx.gate, ctx.scale = gate, scale
+        ctx.set_materialize_grads(False)
+        return h.to(streams.dtype), new_streams
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_h, grad_new):
+        if grad_h is None and grad_new is None:
+            return (None,) * 9
+        (
+            layer_output, streams, new_streams, gate_weight, gate_bias, pool_weight, update_weight,
+            beta, r, g, r_y, g_y, alpha, r_new, a,
+        ) = ctx.saved_tensors  # fmt: skip
+        grads = step_backward(
+            grad_h, grad_new, layer_output, streams, new_streams, gate_weight, gate_bias, pool_weight,
+            update_weight, beta, r, g, r_y, g_y, alpha, r_new, a, ctx.gate, ctx.scale,
+        )  # fmt: skip
+        return *grads, None, None, None
+
+
+def step_backward(
+    grad_h, grad_new, layer_output, streams, new_streams, gate_weight, gate_bias, pool_weight,
+    update_weight, beta, r, g, r_y, g_y, alpha, r_new, a, gate, scale,
+):  # fmt: skip
+    """Gradients of a step in the inputs' own dtypes:
+    ``(layer_output, streams, gate_weight, gate_bias, pool_weight, update_weight)``."""
+    dtype = compute_dtype(streams.dtype)
+    w1, w2, w3 = (_to(w, dtype) for w in (gate_weight, pool_weight, update_weight))
+    with _plain(streams.device):
+        y, s = layer_output.to(dtype), streams.to(dtype)
+        total, d_pool = pool_backward(
+            _to(grad_h, dtype), _to(grad_new, dtype), new_streams.to(dtype), w2, alpha, r_new, a, scale
+        )
+        d_output, d_streams, d_gate, d_bias, d_update = gate_backward(
+            total, y, s, w1, gate, w3, beta, r, g, r_y, g_y, scale
+        )
+    like = (layer_output, streams, gate_weight, gate_bias, pool_weight, update_weight)
+    grads = (d_output, d_streams, d_gate, d_bias, d_pool, d_update)
+    return tuple(None if grad is None else grad.to(x.dtype) for grad, x in zip(grads, like, strict=True))
+
+
+class AttentionPool(torch.autograd.Function):
+    """``(streams [N, n, D], pool_weight [D] or None) -> h [N, D]``."""
+
+    @staticmethod
+    def forward(ctx, streams, pool_weight, scale, eps):
+        dtype = compute_dtype(streams.dtype)
+        with _plain(streams.device):
+            h, alpha, r, a = pool_forward(streams.to(dtype), _to(pool_weight, dtype), scale, eps)
+        ctx.save_for_backward(streams, pool_weight, alpha, r, a)
+        ctx.scale = scale
+        return h.to(streams.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_h):
+        streams, pool_weight, alpha, r, a = ctx.saved_tensors
+        dtype = compute_dtype(streams.dtype)
+        with _plain(streams.device):
+            grad, d_weight = pool_backward(
+                grad_h.to(dtype), None, streams.to(dtype), _to(pool_weight, dtype), alpha, r, a, ctx.scale
+            )
+        return grad.to(streams.dtype), None if d_weight is None else d_weight.to(pool_weight.dtype), None, None
+
+
+class SourcePool(torch.autograd.Function):
+    """The pool over separate tensors, none copied: ``k`` sources ``[N, D]`` -> ``h [N, D]``."""
+
+    @staticmethod
+    def forward(ctx, pool_weight, scale, eps, *sources):
+        dtype = compute_dtype(sources[0].dtype)
+        weight = pool_weight.to(dtype)
+        with _plain(sources[0].device):
+            values = [v.to(dtype) for v in sources]
+            r = torch.stack([_reciprocal_rms(v, eps) for v in values], -1)
+            a = torch.stack([_score(v, weight, r[:, i], scale) for i, v in enumerate(values)], -1)
+            alpha = _softmax(a)
+            h = alpha[:, :1] * values[0]
+            for i, value in enumerate(values[1:], 1):
+                h.addcmul_(alpha[:, i : i + 1], value)
+        ctx.save_for_backward(pool_weight, alpha, r, a, *sources)
+        ctx.scale = scale
+        return h.to(sources[0].dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_h):
+        pool_weight, alpha, r, a, *sources = ctx.saved_tensors
+        dtype = compute_dtype(sources[0].dtype)
+        weight = pool_weight.to(dtype)
+        with _plain(sources[0].device):
+            grad_h = grad_h.to(dtype)
+            values = [v.to(dtype) for v in sources]
+            d_alpha = torch.stack([(v * grad_h).sum(-1) for v in values], -1)
+            d_a = alpha * (d_alpha - (alpha * d_alpha).sum(-1, keepdim=True))
+            grads, d_weight = [], 0.0
+            for i, value in enumerate(values):
+                grad = alpha[:, i : i + 1] * grad_h
+                d_weight = d_weight + _add_score_gradient(
+                    grad, value, weight, d_a[:, i], r[:, i], a[:, i], ctx.scale
+                )
+                grads.append(grad.to(sources[i].dtype))
+        return d_weight.to(pool_weight.dtype), None, None, *grads

@@ -1,0 +1,228 @@
+r"""Multi-Gate Residuals (Zheng et al. 2026, arXiv 2605.23259): n parallel streams, gated and pooled.
+
+Stream 1 is the embedding. While fewer than n streams exist (the *ramp*), a sublayer's output is
+appended as a new stream; from then on it is blended into every stream by a gate (*lerp*):
+
+.. math::
+    s'_i = (1 - \beta_i)\, s_i + \beta_i\, y, \qquad
+    h = \sum_i \alpha_i s'_i
+
+with gate :math:`\beta` and pool :math:`\alpha` as in :mod:`depthmix.ops.reference`. So n - 1
+sublayers append and M = L - (n - 1) lerp. Copies of one stream never fill up the ramp: identical
+streams receive identical gates and gradients and stay identical for ever.
+
+**Bias (Eq. 14).** :math:`b_{init}(M, n) = \ln(\sqrt{M / 21}\,(e^3 + 1) - n)`: the competitive gate
+gets it as :math:`b_0`, which makes every :math:`\beta_i = \sigma(-3)` at M = 21 for any n. The
+independent gate gets :math:`-b_{init}` in every :math:`b_i`. As printed, with n inside, that is
+:math:`\sigma(-2.838)` at n = 4, M = 21; with n = 1 it is exactly :math:`\sigma(-3)`. Default: as
+printed; ``independent_init="sigmoid"`` is the other reading.
+
+**Precision.** Streams have the dtype of the embedding's output; a sublayer's output is cast to it
+when it is written.
+"""
+
+import math
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional
+from ..errors import UserError, suggest
+from .base import Residual, Site, register
+
+
+def gate_bias_init(
+    lerp_depth: int, n_streams: int, *, base_depth: int = 21, base_bias: float = -3.0
+) -> float:
+    """Eq. 14: ``ln(sqrt(lerp_depth / base_depth) * (exp(-base_bias) + 1) - n_streams)``.
+
+    Args:
+        lerp_depth: M, the number of lerping sublayers, L - (n - 1).
+        n_streams: n.
+        base_depth, base_bias: the depth for which a sigmoid gate with this bias is right;
+            21 and -3 in the paper (12 blocks, n = 4).
+
+    Raises:
+        ValueError: the logarithm's argument is not positive (many streams, few layers); the
+            message names M, n and the largest n that works.
+    """
+    for name, value in (("lerp_depth", lerp_depth), ("n_streams", n_streams), ("base_depth", base_depth)):
+        if value < 1:
+            raise UserError(f"{name} must be at least 1, got {value}")
+    margin = math.sqrt(lerp_depth / base_depth) * (math.exp(-base_bias) + 1)
+    if margin <= n_streams:
+        largest = math.ceil(margin) - 1
+        raise UserError(
+            f"Eq. 14 has no bias for M = {lerp_depth} lerping sublayers and n = {n_streams} streams: "
+            f"sqrt(M / {base_depth}) * (exp({-base_bias:g}) + 1) = {margin:.3f} must exceed n. "
+            + (
+                f"The largest n for this M is {largest}; use fewer streams, more layers or a lower base_bias"
+                if largest >= 1
+                else "No n works for this M; use more layers or a lower base_bias"
+            )
+        )
+    return math.log(margin - n_streams)
+
+
+class MultiGateResidual(nn.Module):
+    """One lerping step with its own parameters: for those who write their own loop.
+
+    Args:
+        d_model: D.
+        n_streams: n, 1 to 64.
+        gate: ``"competitive"`` or ``"independent"``.
+        init_bias: put into ``b_0`` (competitive) or into every ``b_i`` (independent);
+            :func:`gate_bias_init` computes it (negate it for the independent gate).
+        eps: added to the mean square inside every score.
+        update_gate: the gate also scores the update (``update_weight [D]``, zero init).
+        scale: of gate and pool scores; ``None`` is 1/sqrt(D).
+
+    Parameters: ``gate_weight [D]`` and ``pool_weight [D]``, zero; ``gate_bias [n + 1]``
+    (competitive) or ``[n]`` (independent). A pool over one stream has no weight: with n = 1,
+    ``pool_weight`` is ``None``.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_streams: int,
+        gate: str = "competitive",
+        init_bias: float = 0.0,
+        eps: float = 1e-6,
+        *,
+        update_gate: bool = False,
+        scale: float | None = None,
+    ):
+        super().__init__()
+        if gate not in functional.GATES:
+            raise UserError(suggest(str(gate), functional.GATES, "gate"))
+        if d_model < 1:
+            raise UserError(f"d_model must be at least 1, got {d_model}")
+        if not 1 <= n_streams <= 64:
+            raise UserError(f"n_streams must be between 1 and 64, got {n_streams}")
+        self.d_model, self.n_streams, self.gate = d_model, n_streams, gate
+        self.init_bias, self.eps, self.scale = init_bias, eps, scale
+        self.gate_weight = nn.Parameter(torch.empty(d_model))
+        self.gate_bias = nn.Parameter(torch.empty(n_streams + (gate == "competitive")))
+        self.pool_weight = nn.Parameter(torch.empty(d_model)) if n_streams > 1 else None
+        self.update_weight = nn.Parameter(torch.empty(d_model)) if update_gate else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for weight in (self.gate_weight, self.gate_bias, self.pool_weight, self.update_weight):
+            if weight is not None:
+                weight.zero_()
+        if self.gate == "competitive":
+            self.gate_bias[:1].fill_(self.init_bias)
+        else:
+            self.gate_bias.fill_(self.init_bias)
+
+    def forward(self, layer_output: Tensor, streams: Tensor) -> tuple[Tensor, Tensor]:
+        """``layer_output [B, T, D]``, ``streams [B, T, n, D]`` -> ``(h [B, T, D], new_streams [B, T, n, D])``.
+
+        Any leading shape; fp32, bf16 or fp16. Raises ``ValueError`` for shapes that do not fit.
+        """
+        if streams.dim() >= 2 and streams.shape[-2] != self.n_streams:
+            raise UserError(
+                f"streams must hold n = {self.n_streams} streams in dimension -2, got shape {list(streams.shape)}"
+            )
+        return functional.multi_gate_residual(
+            layer_output,
+            streams,
+            self.gate_weight,
+            self.gate_bias,
+            self.pool_weight,
+            gate=self.gate,
+            update_weight=self.update_weight,
+            eps=self.eps,
+            scale=self.scale,
+        )
+
+    def extra_repr(self) -> str:
+        return f"d_model={self.d_model}, n_streams={self.n_streams}, gate={self.gate!r}"
+
+
+class RampSite(Site):
+    """Appends the output as stream ``n_after``; the streams stay separate tensors until all are there.
+
+    State: the streams so far, ``n_after - 1`` tensors ``[B, T, D]``. At the last site of the ramp they
+    are laid side by side, once, into ``[B, T, n, D]``.
+    """
+
+    def __init__(self, d_model: int, n_after: int, complete: bool, eps: float, scale: float | None):
+        super().__init__()
+        self.complete, self.eps, self.scale = complete, eps, scale
+        self.pool_weight = nn.Parameter(torch.empty(d_model))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.pool_weight.zero_()
+
+    def write(self, layer_output, state):
+        streams = (*state, layer_output.to(state[0].dtype))
+        return (torch.stack(streams, -2),) if self.complete else streams
+
+    def read(self, state):
+        if self.complete:
+            return functional.attention_pool(state[0], self.pool_weight, scale=self.scale, eps=self.eps)
+        return functional.source_pool(state, self.pool_weight, scale=self.scale, eps=self.eps)
+
+
+class LerpSite(MultiGateResidual, Site):
+    """State: ``(streams [B, T, n, D],)``."""
+
+    def write(self, layer_output, state):
+        return self.forward(layer_output, state)[1]
+
+    def read(self, state):
+        return functional.attention_pool(state[0], self.pool_weight, scale=self.scale, eps=self.eps)
+
+    def forward(self, layer_output, state):
+        h, streams = MultiGateResidual.forward(self, layer_output, state[0])
+        return h, (streams,)
+
+
+class MultiGateResiduals(Residual):
+    """The ramp, then lerps; ``gate`` as in :class:`MultiGateResidual`."""
+
+    def __init__(self, config, gate: str):
+        super().__init__(config)
+        self.d_model, self.n_streams, self.gate = config.d_model, config.n_streams, gate
+        self.eps = config.norm_eps
+        self.scale = None if config.score_scale == "paper" else 1.0
+        self.lerp_depth = config.n_sublayers - (self.n_streams - 1)
+        if self.lerp_depth >= 1:
+            in_formula = 1 if gate == "independent" and config.independent_init == "sigmoid" else self.n_streams
+            bias = gate_bias_init(
+                self.lerp_depth, in_formula, base_depth=config.gate_base_depth, base_bias=config.gate_base_bias
+            )
+            self.init_bias = bias if gate == "competitive" else -bias
+        else:
+            warnings.warn(
+                f"{config.n_sublayers} sublayers never fill n = {self.n_streams} streams: every sublayer "
+                f"appends and no gate exists. Use n_streams <= {config.n_sublayers}",
+                stacklevel=2,
+            )
+
+    def begin(self, x):
+        return x, (x.unsqueeze(-2) if self.n_streams == 1 else x,)
+
+    def site(self, index):
+        if index >= self.n_streams:
+            return LerpSite(
+                self.d_model, self.n_streams, self.gate, self.init_bias, self.eps, scale=self.scale
+            )
+        return RampSite(self.d_model, index + 1, index + 1 == self.n_streams, self.eps, self.scale)
+
+
+@register("mgr-independent", "n streams, each gated by its own sigmoid, read by a softmax pool")
+def _independent(config):
+    return MultiGateResiduals(config, "independent")
+
+
+@register("mgr-competitive", "n streams that compete for each update in a softmax, read by a softmax pool")
+def _competitive(config):
+    return MultiGateResiduals(config, "competitive")
