@@ -72,7 +72,9 @@ def _page(title: str, lead: str, parts: list[str]) -> str:
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{_text(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        f'<h1>{_text(title)}</h1>\n<p class="soft">{_text(lead)}</p>\n' + "\n".join(parts) + "\n</body>\n</html>\n"
+        f'<h1>{_text(title)}</h1>\n<p class="soft">{_text(lead)}</p>\n'
+        + "\n".join(parts)
+        + "\n</body>\n</html>\n"
     )
 
 
@@ -89,7 +91,8 @@ def _figures(figures: Figures) -> str:
 def _table(head: list[tuple[str, str]], rows: list[list[str]]) -> str:
     """``head``: (title, unit) of each column. The cells come escaped; on a phone each row is a card."""
     titles = "".join(
-        f'<th scope="col">{_text(title)}{f"<span>{_text(unit)}</span>" if unit else ""}</th>' for title, unit in head
+        f'<th scope="col">{_text(title)}{f"<span>{_text(unit)}</span>" if unit else ""}</th>'
+        for title, unit in head
     )
     body = ""
     for row in rows:
@@ -98,9 +101,7 @@ def _table(head: list[tuple[str, str]], rows: list[list[str]]) -> str:
             for (title, unit), cell in zip(head, row, strict=True)
         )
         body += f"<tr>{cells}</tr>\n"
-    return (
-        f'<div class="wide"><table>\n<thead><tr>{titles}</tr></thead>\n<tbody>\n{body}</tbody>\n</table></div>'
-    )
+    return f'<div class="wide"><table>\n<thead><tr>{titles}</tr></thead>\n<tbody>\n{body}</tbody>\n</table></div>'
 
 
 def _definitions(title: str, values: dict) -> str:
@@ -109,7 +110,9 @@ def _definitions(title: str, values: dict) -> str:
     nested = {key: value for key, value in values.items() if isinstance(value, dict)}
     parts = [f"<h3>{_text(title)}</h3>"] if title and plain else []
     if plain:
-        items = "".join(f"<div><dt>{_text(key)}</dt><dd>{_value(value)}</dd></div>" for key, value in plain.items())
+        items = "".join(
+            f"<div><dt>{_text(key)}</dt><dd>{_value(value)}</dd></div>" for key, value in plain.items()
+        )
         parts.append(f"<dl>{items}</dl>")
     parts += [_definitions(key, value) for key, value in nested.items()]
     return "\n".join(parts)
@@ -140,13 +143,17 @@ def run_page(record: RunRecord, figures: Figures) -> str:
     row = table.run_row(record)
     steps = record.config.get("steps", 0)
     total = record.result.get("steps", steps) if record.result else steps
-    state = f"finished, {row['steps']} steps" if record.result else f"unfinished, {row['steps']} of {total} steps"
+    state = (
+        f"finished, {row['steps']} steps" if record.result else f"unfinished, {row['steps']} of {total} steps"
+    )
     columns = [c for c in table.columns("prenorm") if c.key not in ("val_loss_difference", "step_time_ratio")]
     head = [("residual connection", ""), *((column.title, column.unit) for column in columns)]
     cells = [_text(record.residual), *(_text(column.text(row)) for column in columns)]
     if record.result and record.result.get("best_val_loss") is not None:
         head.append(("best validation loss", "nats"))
-        cells.append(f"{record.result['best_val_loss']:.4f} at step {_text(record.result.get('best_step', '–'))}")
+        cells.append(
+            f"{record.result['best_val_loss']:.4f} at step {_text(record.result.get('best_step', '–'))}"
+        )
     return _page(
         f"depthmix: {record.residual}, seed {record.seed}",
         f"{record.path.resolve().name}: {state}. Page written {_now()}.",

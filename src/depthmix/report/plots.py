@@ -155,7 +155,9 @@ def draw_difference(ax, groups: Groups, baseline: str, ink: str) -> bool:
         colour, line = styles[name]
         length = min(run.train["loss"].size for pair in pairs for run in pair)
         window = smoothing_window(length)
-        lines = np.array([smooth(a.train["loss"][:length] - b.train["loss"][:length], window) for a, b in pairs])
+        lines = np.array(
+            [smooth(a.train["loss"][:length] - b.train["loss"][:length], window) for a, b in pairs]
+        )
         mean = lines.mean(axis=0)
         x = pairs[0][0].train["tokens"][:length] / size
         ax.plot(*_thin(x, mean), color=colour, linestyle=line, linewidth=1.5, label=name)

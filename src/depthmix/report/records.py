@@ -121,9 +121,7 @@ def _columns(lines, fields) -> dict[str, np.ndarray]:
     """One array a field, sorted by step; of two lines for one step the later counts."""
     by_step = {int(line["step"]): line for line in lines if "step" in line}
     rows = [by_step[step] for step in sorted(by_step)]
-    return {
-        name: np.array([_number(row.get(name)) for row in rows], dtype=np.float64) for name in fields
-    }
+    return {name: np.array([_number(row.get(name)) for row in rows], dtype=np.float64) for name in fields}
 
 
 def _number(value) -> float:

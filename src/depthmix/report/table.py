@@ -100,7 +100,9 @@ def summarise(rows: list[dict], residuals: list[str], baseline: str) -> list[dic
         for name in MEASURES:
             known = [mine[seed][name] for seed in sorted(mine) if mine[seed][name] is not None]
             entry[name], entry[f"{name}_error"] = mean_and_error(known)
-        pairs = [(mine[seed], finished[baseline, seed]) for seed in sorted(mine) if (baseline, seed) in finished]
+        pairs = [
+            (mine[seed], finished[baseline, seed]) for seed in sorted(mine) if (baseline, seed) in finished
+        ]
         if residual == baseline:
             pairs = []
         for name in ("train_loss", "val_loss"):
@@ -108,7 +110,9 @@ def summarise(rows: list[dict], residuals: list[str], baseline: str) -> list[dic
             mean, error = mean_and_error(differences)
             entry[f"{name}_difference"], entry[f"{name}_difference_error"] = mean, error
             entry[f"{name}_pairs"] = len(differences)
-        ratios = [b["tokens_per_s"] / a["tokens_per_s"] for a, b in pairs if a["tokens_per_s"] and b["tokens_per_s"]]
+        ratios = [
+            b["tokens_per_s"] / a["tokens_per_s"] for a, b in pairs if a["tokens_per_s"] and b["tokens_per_s"]
+        ]
         entry["step_time_ratio"], entry["step_time_ratio_error"] = mean_and_error(ratios)
         if residual == baseline and mine:
             entry["step_time_ratio"] = 1.0
