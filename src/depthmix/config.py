@@ -43,6 +43,8 @@ class GPTConfig:
     stream_memory: StreamMemory = "replay"
     """How the backward pass gets the streams: store keeps all of them; replay keeps anchors and
     recomputes the rest, bit-identical."""
+    replay_window: int = 8
+    """Sublayers per anchor with stream_memory = replay: more keep less and recompute the same."""
     score_scale: ScoreScale = "paper"
     """Scale of gate and pool scores: paper is 1/sqrt(D), unit is 1."""
     independent_init: IndependentInit = "paper"
@@ -57,7 +59,16 @@ class GPTConfig:
     """Added to the mean square in every RMSNorm."""
 
     def __post_init__(self):
-        for name in ("vocab_size", "n_layer", "d_model", "n_head", "seq_len", "n_streams", "gate_base_depth"):
+        for name in (
+            "vocab_size",
+            "n_layer",
+            "d_model",
+            "n_head",
+            "seq_len",
+            "n_streams",
+            "replay_window",
+            "gate_base_depth",
+        ):
             value = getattr(self, name)
             _need(
                 isinstance(value, int) and not isinstance(value, bool) and value >= 1,
@@ -68,9 +79,7 @@ class GPTConfig:
             f"d_model / n_head must be an even whole number (RoPE turns pairs of features), "
             f"got {self.d_model} / {self.n_head}; choose n_head so that it divides d_model / 2",
         )
-        _need(
-            self.n_streams <= 64, f"n_streams must be between 1 and 64, got {self.n_streams}"
-        )
+        _need(self.n_streams <= 64, f"n_streams must be between 1 and 64, got {self.n_streams}")
         for name, choices in (
             ("stream_memory", ("store", "replay")),
             ("score_scale", ("paper", "unit")),
@@ -169,7 +178,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run. """
+    """One training run."""
 
     model: GPTConfig
     data: DataConfig = field(default_factory=DataConfig)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .errors import UserError, suggest
 from .ops import eager, reference
+from .ops.replay import ReplayStep
 
 GATES = ("competitive", "independent")
 
@@ -32,7 +33,9 @@ def _check_floating(**tensors: Tensor | None) -> None:
         if not x.dtype.is_floating_point:
             raise UserError(f"{name} must be floating point, got {x.dtype}; convert it with .float()")
         if x.device != first.device:
-            raise UserError(f"{name} is on {x.device} but {first_name} is on {first.device}; move one of them")
+            raise UserError(
+                f"{name} is on {x.device} but {first_name} is on {first.device}; move one of them"
+            )
 
 
 def _check_vector(name: str, x: Tensor | None, size: int, meaning: str) -> None:
@@ -48,6 +51,44 @@ def _check_streams(streams: Tensor) -> None:
         raise UserError(f"streams must hold 1 to 64 streams in dimension -2, got {n} in {_shape(streams)}")
     if width < 1:
         raise UserError(f"streams must have at least one feature, got {_shape(streams)}")
+
+
+def _check_step(
+    layer_output, streams, gate_weight, gate_bias, pool_weight, gate, update_weight, norm_weight=None
+) -> tuple[int, int]:
+    """``(n, D)`` of a step whose arguments fit together."""
+    _check_floating(
+        streams=streams,
+        layer_output=layer_output,
+        gate_weight=gate_weight,
+        gate_bias=gate_bias,
+        pool_weight=pool_weight,
+        update_weight=update_weight,
+        norm_weight=norm_weight,
+    )
+    _check_streams(streams)
+    *leading, n, width = streams.shape
+    if gate not in GATES:
+        raise UserError(suggest(str(gate), GATES, "gate"))
+    if layer_output.shape != (*leading, width):
+        raise UserError(
+            f"layer_output must have the shape of streams without the stream dimension, "
+            f"got layer_output {_shape(layer_output)} and streams {_shape(streams)}"
+        )
+    for name, x in (
+        ("gate_weight", gate_weight),
+        ("pool_weight", pool_weight),
+        ("update_weight", update_weight),
+        ("norm_weight", norm_weight),
+    ):
+        _check_vector(name, x, width, "the feature dimension of streams")
+    _check_vector(
+        "gate_bias",
+        gate_bias,
+        n + (gate == "competitive"),
+        f"{gate} gate with n = {n} streams{', entry 0 keeps' if gate == 'competitive' else ''}",
+    )
+    return n, width
 
 
 def multi_gate_residual(
@@ -87,38 +128,9 @@ def multi_gate_residual(
     Raises:
         ValueError: a shape, dtype or device does not fit; names the argument.
     """
-    _check_floating(
-        streams=streams,
-        layer_output=layer_output,
-        gate_weight=gate_weight,
-        gate_bias=gate_bias,
-        pool_weight=pool_weight,
-        update_weight=update_weight,
-        norm_weight=norm_weight,
+    n, width = _check_step(
+        layer_output, streams, gate_weight, gate_bias, pool_weight, gate, update_weight, norm_weight
     )
-    _check_streams(streams)
-    *leading, n, width = streams.shape
-    if gate not in GATES:
-        raise UserError(suggest(str(gate), GATES, "gate"))
-    if layer_output.shape != (*leading, width):
-        raise UserError(
-            f"layer_output must have the shape of streams without the stream dimension, "
-            f"got layer_output {_shape(layer_output)} and streams {_shape(streams)}"
-        )
-    for name, x in (
-        ("gate_weight", gate_weight),
-        ("pool_weight", pool_weight),
-        ("update_weight", update_weight),
-        ("norm_weight", norm_weight),
-    ):
-        _check_vector(name, x, width, "the feature dimension of streams")
-    _check_vector(
-        "gate_bias",
-        gate_bias,
-        n + (gate == "competitive"),
-        f"{gate} gate with n = {n} streams{', entry 0 keeps' if gate == 'competitive' else ''}",
-    )
-
     scale = width**-0.5 if scale is None else scale
     if torch.compiler.is_compiling():
         h, new_streams = reference.multi_gate_residual(
@@ -134,6 +146,50 @@ def multi_gate_residual(
     if norm_weight is not None:
         h = rms_norm(h, norm_weight, norm_eps)
     return h, new_streams
+
+
+def multi_gate_replay_step(
+    layer_output: Tensor,
+    streams: Tensor,
+    token: Tensor | None,
+    history: Sequence[Tensor],
+    last: bool,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    pool_weight: Tensor | None,
+    *,
+    gate: str = "competitive",
+    update_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`multi_gate_residual` as one step of a replay window (:mod:`depthmix.ops.replay`).
+
+    Args beyond those of :func:`multi_gate_residual`:
+        token: what the step before returned; ``None`` for the first of a window.
+        history: the window's anchor ``[..., n, D]``, then ``layer_output`` and ``beta`` of every earlier step.
+        last: whether the window ends here.
+
+    Returns:
+        ``(h, new_streams, token, beta [..., n])``; equal to the last bit to
+        :func:`multi_gate_residual`, gradients included.
+    """
+    n, width = _check_step(layer_output, streams, gate_weight, gate_bias, pool_weight, gate, update_weight)
+    scale = width**-0.5 if scale is None else scale
+    flat_history = [
+        x.reshape(-1, n, width) if i == 0 else x.reshape(-1, width if i % 2 else n)
+        for i, x in enumerate(history)
+    ]
+    h, new_streams, token, beta = ReplayStep.apply(
+        layer_output.reshape(-1, width), streams.reshape(-1, n, width), token,
+        gate_weight, gate_bias, pool_weight, update_weight, gate, scale, eps, last, *flat_history,
+    )  # fmt: skip
+    return (
+        h.view(layer_output.shape),
+        new_streams.view(streams.shape),
+        token,
+        beta.view(streams.shape[:-1]),
+    )
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:

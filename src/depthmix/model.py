@@ -38,7 +38,9 @@ class KVCache:
     length: int = 0
 
     @classmethod
-    def empty(cls, config: GPTConfig, batch: int, capacity: int, device=None, dtype=torch.float32) -> "KVCache":
+    def empty(
+        cls, config: GPTConfig, batch: int, capacity: int, device=None, dtype=torch.float32
+    ) -> "KVCache":
         """Room for ``capacity`` tokens of ``batch`` sequences."""
         shape = (batch, config.n_head, capacity, config.head_dim)
         keys, values = (
@@ -89,7 +91,9 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
         self.proj = nn.Linear(config.d_model, config.d_model, bias=False)
 
-    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+    def forward(
+        self, h: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None = None, layer: int = 0
+    ) -> Tensor:
         B, T, D = h.shape
         qkv = self.qkv(self.norm(h)).view(B, T, self.n_head, 3, self.head_dim)
         qk, v = qkv.permute(0, 2, 3, 1, 4).split([2, 1], 2)  # [B, H, 2, T, d], [B, H, 1, T, d]
@@ -174,7 +178,9 @@ class GPT(nn.Module):
 
         def normal_(weight: Tensor, std: float) -> None:
             # Drawn on the CPU in fp32: the same numbers on every device and in every precision.
-            weight.copy_(torch.empty(weight.shape, dtype=torch.float32).normal_(0.0, std, generator=generator))
+            weight.copy_(
+                torch.empty(weight.shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
+            )
 
         into_trunk = 0.02 / math.sqrt(self.config.n_sublayers)
         normal_(self.embed.weight, 0.02)

@@ -15,6 +15,8 @@ Shapes inside this file: ``N`` tokens, ``n`` streams, ``D`` features; streams ``
 A mean square that overflows gives ``r = 0`` and a score of 0, as RMSNorm itself does.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -124,7 +126,9 @@ def pool_backward(grad_h, grad_streams, streams, pool_weight, alpha, r, a, scale
     return grad, _add_score_gradient(grad, streams, pool_weight, d_a, r, a, scale)
 
 
-def gate_backward(grad_new, layer_output, streams, gate_weight, gate, update_weight, beta, r, g, r_y, g_y, scale):
+def gate_backward(
+    grad_new, layer_output, streams, gate_weight, gate, update_weight, beta, r, g, r_y, g_y, scale
+):
     """Gradients of gate and lerp given ``grad_new [N, n, D]`` of the new streams; overwrites ``grad_new``.
 
     Returns ``(layer_output, streams, gate_weight, gate_bias, update_weight)`` gradients.
@@ -151,6 +155,8 @@ def gate_backward(grad_new, layer_output, streams, gate_weight, gate, update_wei
 
 def _plain(device: torch.device):
     """Autocast must not reach inside: gate and pool arithmetic is fp32."""
+    if not torch.amp.is_autocast_available(device.type):  # the meta device
+        return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
@@ -161,7 +167,9 @@ class MultiGateStep(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, layer_output, streams, gate_weight, gate_bias, pool_weight, update_weight, gate, scale, eps):
+    def forward(
+        ctx, layer_output, streams, gate_weight, gate_bias, pool_weight, update_weight, gate, scale, eps
+    ):
         dtype = compute_dtype(streams.dtype)
         w1, bias, w2, w3 = (_to(w, dtype) for w in (gate_weight, gate_bias, pool_weight, update_weight))
         with _plain(streams.device):
@@ -235,7 +243,12 @@ class AttentionPool(torch.autograd.Function):
             grad, d_weight = pool_backward(
                 grad_h.to(dtype), None, streams.to(dtype), _to(pool_weight, dtype), alpha, r, a, ctx.scale
             )
-        return grad.to(streams.dtype), None if d_weight is None else d_weight.to(pool_weight.dtype), None, None
+        return (
+            grad.to(streams.dtype),
+            None if d_weight is None else d_weight.to(pool_weight.dtype),
+            None,
+            None,
+        )
 
 
 class SourcePool(torch.autograd.Function):

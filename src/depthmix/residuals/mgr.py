@@ -172,7 +172,7 @@ class RampSite(Site):
 
 
 class LerpSite(MultiGateResidual, Site):
-    """State: ``(streams [B, T, n, D],)``."""
+    """State: ``(streams [B, T, n, D],)``. The backward pass finds the streams where autograd stored them."""
 
     def write(self, layer_output, state):
         return self.forward(layer_output, state)[1]
@@ -185,6 +185,31 @@ class LerpSite(MultiGateResidual, Site):
         return h, (streams,)
 
 
+class ReplaySite(LerpSite):
+    """A lerp at a fixed place in a replay window (:mod:`depthmix.ops.replay`).
+
+    State between the steps of a window: ``(streams, token, anchor, y_1, beta_1, y_2, beta_2, ...)``;
+    between windows ``(streams,)``. Without gradients, and inside ``torch.compile`` (whose own
+    partitioner decides what is kept), this is a plain :class:`LerpSite`.
+    """
+
+    def __init__(self, *args, first: bool, last: bool, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.first, self.last = first, last
+
+    def forward(self, layer_output, state):
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return super().forward(layer_output, state)
+        streams, token, *history = (state[0], None, state[0].detach()) if self.first else state
+        h, streams, token, beta = functional.multi_gate_replay_step(
+            layer_output, streams, token, history, self.last, self.gate_weight, self.gate_bias,
+            self.pool_weight, gate=self.gate, update_weight=self.update_weight, eps=self.eps, scale=self.scale,
+        )  # fmt: skip
+        if self.last:
+            return h, (streams,)
+        return h, (streams, token, *history, layer_output.detach(), beta)
+
+
 class MultiGateResiduals(Residual):
     """The ramp, then lerps; ``gate`` as in :class:`MultiGateResidual`."""
 
@@ -193,11 +218,19 @@ class MultiGateResiduals(Residual):
         self.d_model, self.n_streams, self.gate = config.d_model, config.n_streams, gate
         self.eps = config.norm_eps
         self.scale = None if config.score_scale == "paper" else 1.0
+        self.n_sublayers = config.n_sublayers
+        self.replay_window = config.replay_window if config.stream_memory == "replay" else None
         self.lerp_depth = config.n_sublayers - (self.n_streams - 1)
+        self.init_bias = None
         if self.lerp_depth >= 1:
-            in_formula = 1 if gate == "independent" and config.independent_init == "sigmoid" else self.n_streams
+            in_formula = (
+                1 if gate == "independent" and config.independent_init == "sigmoid" else self.n_streams
+            )
             bias = gate_bias_init(
-                self.lerp_depth, in_formula, base_depth=config.gate_base_depth, base_bias=config.gate_base_bias
+                self.lerp_depth,
+                in_formula,
+                base_depth=config.gate_base_depth,
+                base_bias=config.gate_base_bias,
             )
             self.init_bias = bias if gate == "competitive" else -bias
         else:
@@ -207,14 +240,29 @@ class MultiGateResiduals(Residual):
                 stacklevel=2,
             )
 
+    def gate_summary(self) -> dict:
+        """Sublayers that append and that lerp, and what Eq. 14 gives for them."""
+        ramp = min(self.n_streams - 1, self.n_sublayers)
+        summary = {"n_streams": self.n_streams, "ramp": ramp, "lerp": self.n_sublayers - ramp}
+        if self.init_bias is not None:
+            if self.gate == "competitive":
+                beta = 1 / (math.exp(self.init_bias) + self.n_streams)
+            else:
+                beta = 1 / (1 + math.exp(-self.init_bias))
+            summary |= {"bias": self.init_bias, "initial_beta": beta}
+        return summary
+
     def begin(self, x):
         return x, (x.unsqueeze(-2) if self.n_streams == 1 else x,)
 
     def site(self, index):
         if index >= self.n_streams:
-            return LerpSite(
-                self.d_model, self.n_streams, self.gate, self.init_bias, self.eps, scale=self.scale
-            )
+            arguments = (self.d_model, self.n_streams, self.gate, self.init_bias, self.eps)
+            if self.replay_window is None:
+                return LerpSite(*arguments, scale=self.scale)
+            place = (index - self.n_streams) % self.replay_window
+            last = place == self.replay_window - 1 or index == self.n_sublayers
+            return ReplaySite(*arguments, scale=self.scale, first=place == 0, last=last)
         return RampSite(self.d_model, index + 1, index + 1 == self.n_streams, self.eps, self.scale)
 
 

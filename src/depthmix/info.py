@@ -1,0 +1,84 @@
+"""What a configuration costs, before anything is built on a device.
+
+The model is made of fake tensors (shapes and dtypes, no storage), so that even preset L is described
+in seconds on a laptop; what is counted is what the model would really do on a CPU.
+"""
+
+import warnings
+
+import torch
+from torch._subclasses import FakeTensorMode
+
+from .config import GPTConfig, TrainConfig
+from .memory import saved_bytes
+from .model import GPT
+from .residuals.mgr import MultiGateResiduals
+
+
+def _build(config: GPTConfig, dtype: torch.dtype) -> GPT:
+    # Fake parameters cannot be converted after the fact.
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return GPT(config, seed=0)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def forward_flops(model: GPT) -> int:
+    """Floating point operations per token of a forward pass at full sequence length.
+
+    Matrix products with parameters (the tied embedding once, as the head) and the two products of
+    attention, without the discount for the causal mask: nanoGPT's convention for model FLOPs
+    utilisation. One multiply-add is two operations. Gates and pools are vector work, bound by
+    memory traffic, and not counted.
+    """
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() >= 2)
+    config = model.config
+    return 2 * matrices + 4 * config.seq_len * config.d_model * config.n_layer
+
+
+def describe(config: TrainConfig) -> dict:
+    """Counts for one model, as plain JSON types.
+
+    ``parameters``: ``total``, ``embedding`` (tied with the head), ``trunk`` (attention, MLP, norms) and
+    ``connection`` (gates, pools and whatever else the residual connection adds).
+    ``flops_per_token``: ``forward`` (see :func:`forward_flops`) and ``training``, three times that.
+    ``activation_bytes_per_token``: saved for the backward pass (see :func:`depthmix.memory.saved_bytes`)
+    in the run's precision.
+    ``gate`` (Multi-Gate Residuals): ``ramp`` and ``lerp`` sublayers, ``bias`` put into the gate (Eq. 14)
+    and the ``initial_beta`` per stream it gives.
+    """
+    # One sequence would do; two show that nothing is counted per batch.
+    model_config, batch = config.model, 2
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = _build(model_config, dtype)
+        ids = torch.zeros(batch, model_config.seq_len, dtype=torch.long)
+        targets = torch.zeros_like(ids)
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "autocast"):
+            activation_bytes = saved_bytes(model, ids, targets)
+    sites = [s for block in model.blocks for s in (block.attn_site, block.mlp_site)]
+    count = lambda *modules: sum(p.numel() for m in modules for p in m.parameters())  # noqa: E731
+    parameters = {
+        "total": count(model),
+        "embedding": count(model.embed),
+        "connection": count(model.residual, *sites),
+    }
+    parameters["trunk"] = parameters["total"] - parameters["embedding"] - parameters["connection"]
+    tokens = batch * model_config.seq_len
+    flops = forward_flops(model)
+    result = {
+        "residual": model_config.residual,
+        "blocks": model_config.n_layer,
+        "sublayers": model_config.n_sublayers,
+        "parameters": parameters,
+        "flops_per_token": {"forward": flops, "training": 3 * flops},
+        "activation_bytes_per_token": activation_bytes / tokens,
+        "tokens_per_step": config.tokens_per_step,
+        "tokens": config.tokens_per_step * config.steps,
+    }
+    if isinstance(model.residual, MultiGateResiduals):
+        result["gate"] = model.residual.gate_summary()
+    return result

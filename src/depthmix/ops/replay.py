@@ -1,0 +1,93 @@
+r"""The MGR step that keeps no streams: anchors, and recomputation that repeats the same bits.
+
+Lerping sites are grouped into *windows* of m. A window keeps the streams that enter it (its
+*anchor* :math:`S_0`) and, of every step, ``y`` and ``beta``. Its backward pass first computes
+:math:`S_1 \dots S_m` again, by the same :func:`depthmix.ops.eager.lerp` in the same order, and every
+step of the window then works on streams that are bit for bit those of the forward pass.
+Kept per step: n D / m numbers for the anchor, D for ``y``, and a few per stream.
+
+No state outlives the pass and nothing is shared behind autograd's back. Forwards, the window's
+anchor, outputs and gates travel in the connection's state. Backwards, the recomputed streams travel
+as the *gradient of a token*: each step hands the next a tensor of shape ``[j + 1, N, n, D]`` whose
+storage is a single number, and receives in its gradient slot the streams :math:`S_0 \dots S_j`.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .eager import _plain, _to, gate_forward, lerp, pool_forward, step_backward
+from .reference import compute_dtype
+
+
+class ReplayStep(torch.autograd.Function):
+    """Step j of a window.
+
+    ``(y [N, D], streams [N, n, D], token or None, parameters, last, history)`` ->
+    ``(h [N, D], new_streams [N, n, D], next token, beta [N, n])``; ``history`` is
+    ``(anchor, y_1, beta_1, ...)`` of the steps before, read by the last step of the window alone.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, layer_output, streams, token, gate_weight, gate_bias, pool_weight, update_weight,
+        gate, scale, eps, last, *history,
+    ):  # fmt: skip
+        dtype = compute_dtype(streams.dtype)
+        w1, bias, w2, w3 = (_to(w, dtype) for w in (gate_weight, gate_bias, pool_weight, update_weight))
+        with _plain(streams.device):
+            y, s = layer_output.to(dtype), streams.to(dtype)
+            beta, r, g, r_y, g_y = gate_forward(y, s, w1, bias, gate, w3, scale, eps)
+            new_streams = lerp(y, s, beta, streams.dtype)
+            h, alpha, r_new, a = pool_forward(new_streams.to(dtype), w2, scale, eps)
+        ctx.save_for_backward(
+            layer_output, gate_weight, gate_bias, pool_weight, update_weight,
+            beta, r, g, r_y, g_y, alpha, r_new, a, *(history if last else ()),
+        )  # fmt: skip
+        ctx.gate, ctx.scale, ctx.last, ctx.has_token = gate, scale, last, token is not None
+        steps = 2 if token is None else token.shape[0] + 1
+        next_token = streams.new_zeros(1).expand(steps, *streams.shape)
+        ctx.mark_non_differentiable(beta)
+        ctx.set_materialize_grads(False)
+        return h.to(streams.dtype), new_streams, next_token, beta
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_h, grad_new, replayed, _):
+        (
+            layer_output, gate_weight, gate_bias, pool_weight, update_weight,
+            beta, r, g, r_y, g_y, alpha, r_new, a, *history,
+        ) = ctx.saved_tensors  # fmt: skip
+        if ctx.last:
+            replayed = replay(*history, layer_output, beta)
+        elif replayed is None:
+            raise RuntimeError(
+                "a replay window was left before its last step, so its streams cannot be recomputed; "
+                "run whole windows, or build the model with stream_memory='store'"
+            )
+        grads = step_backward(
+            grad_h, grad_new, layer_output, replayed[-2], replayed[-1], gate_weight, gate_bias, pool_weight,
+            update_weight, beta, r, g, r_y, g_y, alpha, r_new, a, ctx.gate, ctx.scale,
+        )  # fmt: skip
+        d_output, d_streams, *d_parameters = grads
+        d_token = replayed[:-1] if ctx.has_token else None
+        # history: the anchor and two tensors per earlier step
+        unused = 4 + 1 + 2 * (replayed.shape[0] - 2)
+        return d_output, d_streams, d_token, *d_parameters, *(None,) * unused
+
+
+@torch.no_grad()
+def replay(anchor: Tensor, *outputs_and_gates: Tensor) -> Tensor:
+    """Streams ``[j + 1, N, n, D]``: the anchor ``[N, n, D]`` and what each of the j steps made of it.
+
+    ``outputs_and_gates`` are ``y_1 [N, D], beta_1 [N, n], y_2, beta_2, ...``
+    """
+    steps = len(outputs_and_gates) // 2
+    streams = anchor.new_empty(steps + 1, *anchor.shape)
+    streams[0] = anchor
+    dtype = compute_dtype(anchor.dtype)
+    with _plain(anchor.device):
+        for j in range(steps):
+            y, beta = outputs_and_gates[2 * j : 2 * j + 2]
+            streams[j + 1] = lerp(y.to(dtype), streams[j].to(dtype), beta, anchor.dtype)
+    return streams
