@@ -13,8 +13,9 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from tyro.conf import FlagCreatePairsOff, Positional
+from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from . import flags
 from .errors import EXIT_FAILED, EXIT_USAGE, Interrupted, RunError, UserError, suggest
@@ -177,7 +178,7 @@ class Generate:
     Example: depthmix generate runs/mgr --prompt "def main(" --tokens 100 --temperature 0.7 --seed 1
     """
 
-    run: Positional[str]
+    run: Annotated[Positional[str], arg(metavar="RUN")]
     """Run folder (its best checkpoint is taken), or one checkpoint folder in it."""
     prompt: str = ""
     """Text to continue; - reads it from standard input. Empty: the start of a document."""
@@ -376,4 +377,4 @@ def _print_values(values: dict, indent: str = "") -> None:
 def _readable(value) -> str:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.{4 if abs(value) < 1000 else 0}f}"

@@ -232,10 +232,16 @@ def prepare_data(config: TrainConfig, again: str) -> None:
 
     before = {number: signal.signal(number, stop) for number in _signals()}
     try:
-        prepare(config.data)
+        prepare(config.data, progress=True)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def train_command(config_file: Path, folder: Path) -> list[str]:
+    """The process of one cell; a run folder that is there already is gone on with."""
+    command = [sys.executable, "-m", "depthmix", "train", "--config", str(config_file), "--out", str(folder)]
+    return [*command, "--quiet", *(["--resume"] if folder.exists() else [])]
 
 
 def _signals() -> list[int]:
@@ -297,10 +303,7 @@ class Runner:
         spec = {"residual": cell.residual, "seed": cell.seed}
         config = cell_config(self.plan, spec).to_dict()
         write_atomically(config_file, (json.dumps(config, indent=2) + "\n").encode())
-        command = [sys.executable, "-m", "depthmix", "train", "--config", str(config_file)]
-        command += ["--out", str(folder), "--quiet"]
-        if folder.exists():
-            command.append("--resume")
+        command = train_command(config_file, folder)
         tails = Tail(folder / "metrics.jsonl"), Tail(folder / "timing.jsonl")
         self.plan["failures"].pop(cell.name, None)
         cell.state, cell.message = "starting", ""

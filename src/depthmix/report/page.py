@@ -178,6 +178,13 @@ def compare_page(path: Path, plan: dict, results: dict, records: list[RunRecord]
         rows.append([_text(entry["residual"]) + state, *(_text(column.text(entry)) for column in columns)])
     said = "".join(f"<li>{_text(sentence)}</li>" for sentence in results["statements"])
     parts = [_table(head, rows)]
+    failed = "".join(
+        f"<li>{_text(row['residual'])}, seed {_text(row['seed'])}: {_text(row['error'])}</li>"
+        for row in results["runs"]
+        if row["status"] == "failed"
+    )
+    if failed:
+        parts.append(f"<h2>Failed</h2>\n<ul>{failed}</ul>")
     if said:
         parts.append(f"<h2>What this shows</h2>\n<ul>{said}</ul>")
     parts.append(_figures(figures))

@@ -6,6 +6,7 @@ serves a light and a dark page.
 """
 
 import io
+import itertools
 import re
 
 import numpy as np
@@ -43,38 +44,32 @@ def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return x, y
     edges = np.linspace(0, x.size, MOST_POINTS // 2 + 1).astype(int)
     pick = []
-    for start, end in zip(edges[:-1], edges[1:], strict=True):
+    for start, end in itertools.pairwise(edges):
         pick += sorted({start + int(np.argmin(y[start:end])), start + int(np.argmax(y[start:end]))})
     return x[pick], y[pick]
 
 
-def _scale(largest: float, units: tuple[tuple[float, str], ...]) -> tuple[float, str]:
-    """The largest unit that the axis's end reaches."""
-    for size, name in units:
-        if largest >= size:
-            return size, name
-    return units[-1]
-
-
-def _token_unit(groups: Groups) -> tuple[float, str]:
-    largest = max((run.train["tokens"][-1] for run in _runs(groups) if run.train["tokens"].size), default=0)
-    return _scale(largest, ((2e9, "billions"), (2e6, "millions"), (2e3, "thousands"), (1, "")))
+def _unit(largest: float, units: tuple[tuple[float, str], ...]) -> tuple[float, str]:
+    """The largest unit of which the axis shows at least two, else the smallest."""
+    return next((unit for unit in units if largest >= 2 * unit[0]), units[-1])
 
 
 def _token_axis(groups: Groups) -> tuple[float, str]:
-    size, name = _token_unit(groups)
-    size = {"billions": 1e9, "millions": 1e6, "thousands": 1e3, "": 1}[name]
+    """Tokens in one unit of the axis, and the axis's label."""
+    largest = max((run.train["tokens"][-1] for run in _runs(groups) if run.train["tokens"].size), default=0)
+    size, name = _unit(largest, ((1e9, "billions"), (1e6, "millions"), (1e3, "thousands"), (1, "")))
     return size, f"tokens ({name})" if name else "tokens"
 
 
 def _time_axis(groups: Groups) -> tuple[float, str]:
+    """Seconds in one unit of the axis, and the axis's label."""
     longest = 0.0
     for run in _runs(groups):
         times = run.wall_seconds(run.train["step"])
         if times.size and np.isfinite(times[-1]):
             longest = max(longest, float(times[-1]))
-    size, name = _scale(longest, ((2 * 3600, "h"), (2 * 60, "min"), (0, "s")))
-    return {"h": 3600.0, "min": 60.0, "s": 1.0}[name], f"training time ({name})"
+    size, name = _unit(longest, ((3600, "h"), (60, "min"), (1, "s")))
+    return size, f"training time ({name})"
 
 
 def _runs(groups: Groups) -> list[RunRecord]:

@@ -53,7 +53,8 @@ def read_cells(compare_dir: Path, plan: dict) -> list[RunRecord]:
 def collect(plan: dict, records: list[RunRecord]) -> dict:
     """``results.json``: every run's row, every connection's row, and what they allow to say."""
     baseline = table.choose_baseline(plan["residuals"])
-    rows = [table.run_row(record) for record in records]
+    by_folder = {record.path.name: record for record in records}
+    rows = [_cell_row(cell, by_folder.get(cell["name"]), plan) for cell in plan["cells"]]
     summary = table.summarise(rows, plan["residuals"], baseline)
     return {
         "recipe": plan["recipe"],
@@ -63,6 +64,18 @@ def collect(plan: dict, records: list[RunRecord]) -> dict:
         "runs": rows,
         "statements": table.statements(summary, baseline),
     }
+
+
+def _cell_row(cell: dict, record: RunRecord | None, plan: dict) -> dict:
+    """The row of one cell, also of one that never began; ``error`` says why it failed."""
+    if record is not None:
+        row = table.run_row(record)
+    else:
+        row = {"residual": cell["residual"], "seed": cell["seed"], "status": "not begun", "steps": 0}
+        row.update(dict.fromkeys(table.MEASURES))
+    if row["status"] != "finished" and cell["name"] in plan["failures"]:
+        row["status"], row["error"] = "failed", plan["failures"][cell["name"]]
+    return row
 
 
 def _draw(folder: Path, groups: plots.Groups, baseline: str | None) -> list[tuple[str, str, str]]:
