@@ -23,6 +23,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -521,7 +522,7 @@ class _display:
         from rich.text import Text
 
         colours = {"finished": "green", "failed": "red", "running": "bold", "waiting": "dim"}
-        table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
         for title, justify in (
             ("run", "left"), ("state", "left"), ("step", "right"), ("train loss", "right"),
             ("validation loss", "right"), ("tokens/s", "right"), ("time left", "right"),
@@ -578,12 +579,11 @@ def _rows_table(results: dict):
     from .report.table import columns
 
     shown = columns(results["baseline"])
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
     table.add_column("residual connection")
     for column in shown:
-        table.add_column(
-            f"{column.title}\n{column.unit}" if column.unit else column.title, justify="right", no_wrap=True
-        )
+        title = "\n".join([*textwrap.wrap(column.title, 11), column.unit]).rstrip()
+        table.add_column(title, justify="right", no_wrap=True)
     for entry in results["residuals"]:
         table.add_row(_name(entry, results), *(column.text(entry) for column in shown))
     return table
@@ -595,7 +595,7 @@ def _columns_table(results: dict):
 
     from .report.table import columns
 
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
     table.add_column("")
     for entry in results["residuals"]:
         table.add_column(_name(entry, results), justify="right")

@@ -3,6 +3,7 @@ import statistics
 import numpy as np
 import pytest
 
+from depthmix.report.records import read_run
 from depthmix.report.table import (
     MEASURES,
     choose_baseline,
@@ -14,7 +15,6 @@ from depthmix.report.table import (
     summarise,
     t95,
 )
-from depthmix.report.records import read_run
 
 
 def row(residual, seed, val, speed=100.0, status="finished"):
@@ -73,7 +73,11 @@ def test_one_seed_claims_nothing():
 
 @pytest.mark.parametrize(
     "differences, expected",
-    [([-0.02, -0.021, -0.019], "is lower"), ([0.02, 0.021, 0.019], "is higher"), ([-0.02, 0.03, -0.02], "no difference")],
+    [
+        ([-0.02, -0.021, -0.019], "is lower"),
+        ([0.02, 0.021, 0.019], "is higher"),
+        ([-0.02, 0.03, -0.02], "no difference"),
+    ],
 )
 def test_verdict_follows_the_interval(differences, expected):
     rows = [row("prenorm", k, 2.0) for k in range(3)]

@@ -1,6 +1,7 @@
 import json
 import math
 import re
+import shlex
 from html.parser import HTMLParser
 
 import numpy as np
@@ -124,7 +125,14 @@ def test_compare_report_of_what_is_there(make_comparison):
     assert "mgr-independent, seed 0: loss is <not> finite" in page.text
     assert "1 of 2 runs finished" in page.text
     rows = json.loads((folder / "results.json").read_text())["runs"]
-    assert [row["status"] for row in rows] == ["finished", "failed", "finished", "finished", "finished", "failed"]
+    assert [row["status"] for row in rows] == [
+        "finished",
+        "failed",
+        "finished",
+        "finished",
+        "finished",
+        "failed",
+    ]
 
 
 def test_compare_report_before_any_run(make_comparison):
@@ -198,7 +206,7 @@ def test_train_command_gives_the_configuration_again(name):
     config["compile"] = True
     config["optim"]["lr"] = 1.25e-4
     config["model"]["residual"] = "prenorm"
-    words = __import__("shlex").split(train_command(config))
+    words = shlex.split(train_command(config))
     assert words[:2] == ["depthmix", "train"]
     chosen = flags.given(words, "--preset")
     args = flags.parse(cli.Train, words[2:], "train", cli.Train(training=flags.to_flags(PRESETS[chosen])))
