@@ -32,7 +32,7 @@ def fake_train(monkeypatch):
         calls.config, calls.run_dir, calls.options = config, run_dir, options
         if calls.error is not None:
             raise calls.error
-        return {}
+        return {"val_loss": 1.5, "best_val_loss": 1.25, "best_step": 30, "tokens_per_s": 12345.6}
 
     monkeypatch.setitem(sys.modules, "depthmix.train", types.SimpleNamespace(train=train))
     return calls
@@ -125,6 +125,15 @@ def test_train_passes_what_was_asked(fake_train, tmp_path):
     assert config.model.d_model == PRESETS["S"].model.d_model and config.steps == PRESETS["S"].steps
     assert str(fake_train.run_dir) == out
     assert fake_train.options == {"resume": False, "quiet": True}
+
+
+def test_train_prints_how_it_ended(fake_train, capsys):
+    assert cli.main(["train", "--out", "some/run"]) == 0
+    assert capsys.readouterr().out == (
+        "validation loss 1.5000 nats (best 1.2500 at step 30), 12,346 tokens/s\nreport: some/run/report.html\n"
+    )
+    assert cli.main(["train", "--out", "some/run", "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
 
 
 def test_train_default_folder(fake_train, monkeypatch, tmp_path):

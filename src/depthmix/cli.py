@@ -133,7 +133,7 @@ class Train:
     resume: FlagCreatePairsOff[bool] = False
     """Go on from the newest checkpoint of the run folder, with the configuration saved there."""
     quiet: FlagCreatePairsOff[bool] = False
-    """Show no progress and write no report."""
+    """Print nothing but warnings and errors."""
 
 
 def _train(argv: list[str]) -> int:
@@ -153,15 +153,15 @@ def _train(argv: list[str]) -> int:
     from .train import train
 
     try:
-        train(config, run_dir, resume=args.resume, quiet=args.quiet)
+        result = train(config, run_dir, resume=args.resume, quiet=args.quiet)
     except Interrupted as stop:
-        raise Interrupted(
-            f"{stop}\ngo on with: depthmix train --out {shlex.quote(str(run_dir))} --resume"
-        ) from stop
+        again = f"depthmix train --out {shlex.quote(str(run_dir))} --resume"
+        raise Interrupted(f"{stop}\ngo on with: {again}") from stop
     if not args.quiet:
-        from .report import write_run_report
-
-        print(f"report: {write_run_report(run_dir)}")
+        print(
+            f"validation loss {result['val_loss']:.4f} nats (best {result['best_val_loss']:.4f} at step "
+            f"{result['best_step']}), {result['tokens_per_s']:,.0f} tokens/s\nreport: {run_dir / 'report.html'}"
+        )
     return 0
 
 

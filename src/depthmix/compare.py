@@ -357,11 +357,8 @@ class Runner:
             cell.seconds_per_step = result["wall_seconds"] / cell.step
 
     def _finish(self) -> int:
-        from .report import write_compare_report, write_run_report
+        from .report import write_compare_report
 
-        for cell in self.cells:
-            if cell.state == "finished":
-                write_run_report(self.out / cell.name)
         page = write_compare_report(self.out)
         print_table(read_json(self.out / "results.json"))
         print(f"report: {page}")
