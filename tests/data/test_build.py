@@ -263,6 +263,20 @@ def test_folder_that_cannot_be_written_to(text_folder, place):
         prepare(DataConfig((str(text_folder),)), place)
 
 
+def test_mount_point_cannot_be_the_folder(text_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == tmp_path / "disk")
+    with pytest.raises(UserError, match=r"disk is a mount point.*name one inside it"):
+        prepare(DataConfig((str(text_folder),)), tmp_path / "disk")
+    prepare(DataConfig((str(text_folder),)), tmp_path / "disk" / "out")
+
+
+def test_link_to_an_empty_folder(text_folder, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    assert prepare(DataConfig((str(text_folder),)), tmp_path / "link") == tmp_path / "real"
+    assert (tmp_path / "link").is_symlink() and open_dataset(tmp_path / "link")
+
+
 def test_error_in_the_text_leaves_nothing(text_folder, tmp_path):
     (text_folder / "zz.txt").write_bytes(b"caf\xe9")
     with pytest.raises(UserError, match=r"zz.txt is not UTF-8: byte 3"):
@@ -433,7 +447,7 @@ def test_killed_at_any_moment(much_text, tmp_path, python, contents):
     whole = contents(prepare(DataConfig((str(much_text),)), tmp_path / "whole"))
     out = tmp_path / "out"
     chance, unfinished = random.Random(3), 0
-    for _ in range(6):
+    for _ in range(4):
         process = python(PREPARE, str(much_text), str(out))
         while not (tmp_path / ".out.building").exists() and process.poll() is None:
             time.sleep(0.002)

@@ -104,7 +104,9 @@ def prepare(
     if out is None:
         folder = cache_folder(config) / f"{config.tokenizer.replace(':', '')}-{key[:16]}"
     else:
-        folder = _user_path(out).absolute()
+        folder = _user_path(out).resolve()
+    if os.path.ismount(folder):
+        raise UserError(f"{folder} is a mount point, which no folder can replace; name one inside it")
 
     if _is_there(folder, key):
         return folder
@@ -193,7 +195,16 @@ class _Seen:
     highest: float = -math.inf
 
 
-def _build(config, sources, key, folder, workers, progress, shard_tokens) -> None:
+def _build(
+    config: DataConfig,
+    sources: list[Source],
+    key: str,
+    folder: Path,
+    workers: int,
+    progress: bool,
+    shard_tokens: int,
+) -> None:
+    """Make ``folder`` under a hidden name, then give it its own; on any error remove it all."""
     building = _building_path(folder)
     threshold = config.val_fraction
     with _reporting(sources, progress) as report:
@@ -221,7 +232,15 @@ def _build(config, sources, key, folder, workers, progress, shard_tokens) -> Non
             raise
 
 
-def _write(config, sources, building, workers, threshold, shard_tokens, report) -> tuple[dict, _Seen]:
+def _write(
+    config: DataConfig,
+    sources: list[Source],
+    building: Path,
+    workers: int,
+    threshold: float,
+    shard_tokens: int,
+    report: "_Report",
+) -> tuple[dict, _Seen]:
     """One pass over the text: write the shards and say what they are."""
     size = bpe_size(config.tokenizer)
     if size is None:
