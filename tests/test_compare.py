@@ -240,6 +240,21 @@ def test_time_left(tmp_path):
     assert [_clock(s) for s in (None, 0, 59.2, 3599.5)] == ["…", "0:00", "1:00", "1:00:00"]
 
 
+def test_display_keeps_the_active_run_in_sight(tmp_path):
+    cells = [{"name": f"prenorm-s{s}", "residual": "prenorm", "seed": s} for s in range(40)]
+    runner = compare.Runner(tmp_path, {"config": {"steps": 9}, "cells": cells}, "", 0)
+    display = compare._display(runner)
+    display.console = Console(width=80, height=20, file=io.StringIO())
+    assert len(display._visible()) == 40
+    runner.child = "running"
+    for active in (0, 20, 39):
+        runner.cells[active].state = "running"
+        seen = display._visible()
+        assert runner.cells[active] in seen and len(seen) == 13
+        display.console.print(display._table())
+        assert f"prenorm-s{active} " in display.console.file.getvalue()
+
+
 def test_train_loss_shown_is_the_mean_of_the_last_twenty_steps():
     assert Cell("", "", 0, 1).train_loss is None
     assert Cell("", "", 0, 1, train_losses=[100.0] + [1.0] * 10 + [3.0] * 10).train_loss == 2.0

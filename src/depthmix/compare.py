@@ -475,10 +475,10 @@ class _display:
         from rich.console import Console
         from rich.live import Live
 
-        console = Console()
+        self.console = Console()
         self.live = None
-        if console.is_terminal:
-            self.live = Live(self._table(), console=console, auto_refresh=False)
+        if self.console.is_terminal:
+            self.live = Live(self._table(), console=self.console, auto_refresh=False)
             self.live.__enter__()
         return self._show
 
@@ -525,7 +525,7 @@ class _display:
             ("validation loss", "right"), ("tokens/s", "right"), ("time left", "right"),
         ):  # fmt: skip
             table.add_column(title, justify=justify)
-        for cell in self.runner.cells:
+        for cell in self._visible():
             left = self.runner.seconds_left(cell)
             table.add_row(
                 cell.name,
@@ -536,9 +536,21 @@ class _display:
                 "" if cell.tokens_per_s is None else f"{cell.tokens_per_s:,.0f}",
                 "" if cell.state in ("finished", "failed") else _clock(left),
             )
-        table.caption = f"time left for all runs: {_clock(self.runner.total_left())}; Ctrl-C saves and stops"
-        table.caption_justify = "left"
+        if self.runner.child is not None:
+            table.caption = (
+                f"time left for all runs: {_clock(self.runner.total_left())}; Ctrl-C saves and stops"
+            )
+            table.caption_justify = "left"
         return table
+
+    def _visible(self) -> list[Cell]:
+        """As many cells as the terminal has lines for, the active one among them; all of them at the end."""
+        cells, lines = self.runner.cells, max(3, self.console.height - 7)
+        if self.runner.child is None or len(cells) <= lines:
+            return cells
+        active = max(index for index, cell in enumerate(cells) if cell.state != "waiting")
+        start = max(0, min(active - lines // 2, len(cells) - lines))
+        return cells[start : start + lines]
 
 
 def _clock(seconds: float | None) -> str:
