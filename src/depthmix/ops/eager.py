@@ -114,7 +114,8 @@ def _add_score_gradient(into: Tensor, x: Tensor, weight: Tensor, d_score, r, val
 def pool_backward(grad_h, grad_streams, streams, pool_weight, alpha, r, a, scale):
     """Gradients of the pool: ``(grad_streams + its own part [N, n, D], grad pool_weight [D] or None)``."""
     if grad_h is None:  # the read was not used
-        return grad_streams.clone(), None if pool_weight is None else torch.zeros_like(pool_weight)
+        grad = torch.zeros_like(streams) if grad_streams is None else grad_streams.clone()
+        return grad, None if pool_weight is None else torch.zeros_like(pool_weight)
     if grad_streams is None:  # the streams were only read
         grad = alpha.unsqueeze(-1) * grad_h.unsqueeze(-2)
     else:
@@ -188,8 +189,6 @@ class MultiGateStep(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_h, grad_new):
-        if grad_h is None and grad_new is None:
-            return (None,) * 9
         (
             layer_output, streams, new_streams, gate_weight, gate_bias, pool_weight, update_weight,
             beta, r, g, r_y, g_y, alpha, r_new, a,

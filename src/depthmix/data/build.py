@@ -1,0 +1,504 @@
+"""Tokenize text into a prepared folder, in parallel, all or nothing.
+
+The calling thread reads, decompresses and writes; threads tokenize blocks of
+documents (tiktoken works outside of Python's lock, so threads use all cores
+without copying text between processes). Results are written in the order they
+were read, so the folder is the same, byte for byte, whatever the number of
+workers, and only a few blocks are in memory at a time.
+
+A document is held out for validation when a hash of its text, taken as a
+number in [0, 1), is below ``val_fraction``: the choice depends on nothing but
+the document, so more files do not reshuffle it and copies of one text never
+stand on both sides.
+
+The folder is built under a hidden name beside its place and renamed when it is
+complete; a lock beside it makes a second builder wait and then use what the
+first one made.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import itertools
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+from ..config import DataConfig
+from ..errors import RunError, UserError
+from .shards import (
+    FORMAT,
+    FORMAT_VERSION,
+    SHARD_TOKENS,
+    SPLITS,
+    SplitWriter,
+    is_dataset,
+    mark_verified,
+    read_manifest,
+    verify_once,
+    write_manifest,
+)
+from .sources import Block, Reading, Source, find_sources
+from .tokenizers import Tokenizer, bpe_size, load_tokenizer, train_bpe
+
+BPE_SAMPLE_BYTES = 32 << 20
+"""Text from which the merges of bpe:N are learnt, in bytes: the sources give equal shares, from
+their beginnings, validation documents left out."""
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def prepare(
+    config: DataConfig,
+    out: Path | str | None = None,
+    *,
+    workers: int | None = None,
+    progress: bool = False,
+    shard_tokens: int = SHARD_TOKENS,
+) -> Path:
+    """Make, or find, the prepared folder for ``config`` and return its path.
+
+    ``out`` None is a folder in the cache, named by everything that decides its
+    content: paths, sizes and times of the files (the content itself for the
+    standard library), tokenizer, ``val_fraction``. What is there already is
+    verified and used. If ``config.data`` is a prepared folder, that is it.
+
+    ``workers``: threads that tokenize, default one a core. ``progress``: show a
+    bar. ``shard_tokens``: tokens a shard.
+
+    Raises ``UserError`` for a request that cannot be met (paths, fields, text
+    that is not UTF-8, a folder that cannot be written to or holds something
+    else), ``RunError`` for damaged files and full disks. In either case, and
+    on Ctrl-C, nothing that looks finished is left, and what was there before
+    stays as it was.
+    """
+    prepared = [path for path in map(_user_path, config.data) if is_dataset(path)]
+    if prepared:
+        if len(config.data) > 1:
+            raise UserError(
+                f"{prepared[0]} is a prepared dataset; it cannot be mixed with other data, name it alone"
+            )
+        if out is not None:
+            raise UserError(f"{prepared[0]} is prepared already; use it as it is, without --out")
+        verify_once(prepared[0], read_manifest(prepared[0]))
+        return prepared[0]
+
+    if workers is not None and workers < 1:
+        raise UserError(f"workers must be at least 1, got {workers}")
+    if bpe_size(config.tokenizer) is None:
+        load_tokenizer(config.tokenizer)  # refuse it before anything is read
+    sources = find_sources(config.data, config.text_field)
+    key = _key(config, sources, shard_tokens)
+    if out is None:
+        folder = cache_folder(config) / f"{config.tokenizer.replace(':', '')}-{key[:16]}"
+    else:
+        folder = _user_path(out).absolute()
+
+    if _is_there(folder, key):
+        return folder
+    with contextlib.ExitStack() as stack:
+        with _refusals(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            if not stack.enter_context(_locked(_lock_path(folder), wait=False)):
+                if progress:
+                    print(f"another process is preparing {folder}, waiting for it", file=sys.stderr)
+                stack.enter_context(_locked(_lock_path(folder)))
+        if not _is_there(folder, key):  # nobody made it while we waited
+            _sweep(folder, everything=out is None)
+            _build(config, sources, key, folder, workers or _cores(), progress, shard_tokens)
+    return folder
+
+
+def cache_folder(config: DataConfig) -> Path:
+    """Where prepared folders are kept: ``cache_dir``, else $DEPTHMIX_CACHE, else ~/.cache/depthmix."""
+    return _user_path(config.cache_dir or os.environ.get("DEPTHMIX_CACHE") or "~/.cache/depthmix").absolute()
+
+
+def _user_path(path: str | Path) -> Path:
+    return Path(path).expanduser()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _key(config: DataConfig, sources: list[Source], shard_tokens: int) -> str:
+    """Everything that decides the content."""
+    decides = {
+        "version": FORMAT_VERSION,
+        "sources": [source.identity() for source in sources],
+        "tokenizer": config.tokenizer,
+        "val_fraction": config.val_fraction,
+        "shard_tokens": shard_tokens,
+    }
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
+def _is_there(folder: Path, key: str) -> bool:
+    """Whether the wanted dataset is in ``folder``, verified. Refuses a folder with anything else."""
+    if is_dataset(folder):
+        manifest = read_manifest(folder)
+        if manifest["key"] != key:
+            raise UserError(
+                f"{folder} holds a dataset made from other files or settings (or the files changed since); "
+                f"choose another --out, or remove it first"
+            )
+        verify_once(folder, manifest)
+        return True
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(
+            f"{folder} exists and is not a prepared dataset; nothing in it was touched, choose another --out"
+        )
+    return False
+
+
+# ---- building -----------------------------------------------------------------------------------
+
+
+@dataclass
+class _Split:
+    tokens: np.ndarray
+    documents: int
+    text_bytes: int
+
+
+@dataclass
+class _Tokenized:
+    """One block's documents, tokenized."""
+
+    train: _Split
+    val: _Split
+    lowest: float
+    highest: float
+    """Smallest and largest share (see :func:`_share`) among the documents."""
+
+
+@dataclass
+class _Seen:
+    """What a pass over the text found."""
+
+    lowest: float = math.inf
+    highest: float = -math.inf
+
+
+def _build(config, sources, key, folder, workers, progress, shard_tokens) -> None:
+    building = _building_path(folder)
+    threshold = config.val_fraction
+    with _reporting(sources, progress) as report:
+        try:
+            while True:
+                building.mkdir()
+                manifest, seen = _write(config, sources, building, workers, threshold, shard_tokens, report)
+                counts = [manifest["splits"][split]["documents"] for split in SPLITS]
+                if all(counts):
+                    break
+                # Rare, with few documents only: all fell on one side. The one nearest to the other
+                # side goes over, and the text is read once more.
+                threshold = _moved_threshold(seen, counts)
+                shutil.rmtree(building)
+            write_manifest(building, {**manifest, "key": key})
+            mark_verified(building, manifest)
+            _sync_folder(building)
+            os.rename(building, folder)
+            _sync_folder(folder.parent)
+        except BaseException as error:
+            written = sum(file.stat().st_size for file in building.glob("*.bin"))
+            shutil.rmtree(building, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno in NO_ROOM:
+                raise _no_room(error, folder, written, report.share()) from error
+            raise
+
+
+def _write(config, sources, building, workers, threshold, shard_tokens, report) -> tuple[dict, _Seen]:
+    """One pass over the text: write the shards and say what they are."""
+    size = bpe_size(config.tokenizer)
+    if size is None:
+        tokenizer = load_tokenizer(config.tokenizer)
+    else:
+        report.describe(f"learning {size} tokens")
+        tokenizer = train_bpe(size, _sample(sources, threshold))
+    report.describe("tokenizing")
+    writers = {split: SplitWriter(building, split, tokenizer.dtype, shard_tokens) for split in SPLITS}
+    documents = [0] * len(sources)
+    readings = [Reading() for _ in sources]
+    seen = _Seen()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="depthmix-tokenize")
+    waiting: deque[tuple[int, Future]] = deque()
+
+    def write_oldest():
+        place, future = waiting.popleft()
+        done: _Tokenized = future.result()
+        for split in SPLITS:
+            part: _Split = getattr(done, split)
+            writers[split].write(part.tokens, part.documents, part.text_bytes)
+            documents[place] += part.documents
+        seen.lowest, seen.highest = min(seen.lowest, done.lowest), max(seen.highest, done.highest)
+        report.tokens(sum(writer.tokens for writer in writers.values()))
+
+    try:
+        before = 0
+        for place, source in enumerate(sources):
+            for block in source.blocks(readings[place]):
+                waiting.append((place, pool.submit(_tokenize, block, tokenizer, threshold)))
+                report.read(before + readings[place].bytes)
+                if len(waiting) > workers + 2:
+                    write_oldest()
+            before += source.size
+        while waiting:
+            write_oldest()
+        for writer in writers.values():
+            writer.close()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        for writer in writers.values():
+            writer.close(sync=False)
+
+    if not sum(documents):
+        raise UserError(
+            f"no text in {', '.join(source.name for source in sources[:3])}: every document is empty"
+        )
+    records = [source.record(reading) for source, reading in zip(sources, readings, strict=True)]
+    manifest = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "depthmix": _version(),
+        "dtype": tokenizer.dtype.str,
+        "val_fraction": config.val_fraction,
+        "splits": {split: writers[split].entry() for split in SPLITS},
+        "sources": [{**r, "documents": n} for r, n in zip(records, documents, strict=True)],
+        "tokenizer": tokenizer.to_dict(),
+    }
+    return manifest, seen
+
+
+def _tokenize(block: Block, tokenizer: Tokenizer, threshold: float) -> _Tokenized:
+    """Runs in a thread: decode, choose the side, tokenize, add the end tokens."""
+    end = np.array([tokenizer.end_token], tokenizer.dtype)
+    arrays: dict[bool, list[np.ndarray]] = {False: [], True: []}
+    counts, sizes = {False: 0, True: 0}, {False: 0, True: 0}
+    lowest, highest = math.inf, -math.inf
+    for raw, text in block.documents():
+        share = _share(raw)
+        held_out = share < threshold
+        arrays[held_out] += (tokenizer.encode_array(text), end)
+        counts[held_out] += 1
+        sizes[held_out] += len(raw)
+        lowest, highest = min(lowest, share), max(highest, share)
+    train, val = (
+        _Split(
+            np.concatenate(arrays[side], dtype=tokenizer.dtype, casting="unsafe")
+            if arrays[side]
+            else np.empty(0, tokenizer.dtype),
+            counts[side],
+            sizes[side],
+        )
+        for side in (False, True)
+    )
+    return _Tokenized(train, val, lowest, highest)
+
+
+def _share(raw: bytes) -> float:
+    """A document's place in [0, 1), by its content."""
+    return int.from_bytes(hashlib.blake2b(raw, digest_size=6).digest(), "big") / (1 << 48)
+
+
+def _moved_threshold(seen: _Seen, counts: list[int]) -> float:
+    if seen.lowest == seen.highest:
+        what = "a single document" if sum(counts) == 1 else f"{sum(counts)} copies of one document"
+        raise UserError(
+            f"the text is {what}, so none can be held out for validation; add text "
+            f"(a .jsonl line or .parquet row is one document, .txt is cut into documents of 16 to 32 KiB)"
+        )
+    train_documents, _ = counts
+    return math.nextafter(seen.lowest, math.inf) if train_documents else seen.highest
+
+
+def _sample(sources: list[Source], threshold: float) -> Iterator[str]:
+    """Text to learn merges from: see ``BPE_SAMPLE_BYTES``."""
+    left = BPE_SAMPLE_BYTES
+    for place, source in enumerate(sources):
+        share = left // (len(sources) - place)
+        documents = itertools.chain.from_iterable(block.documents() for block in source.blocks(Reading()))
+        for raw, text in documents:
+            if share <= 0:
+                break
+            if _share(raw) < threshold:
+                continue
+            share -= len(raw)
+            left -= len(raw)
+            yield text
+
+
+def _version() -> str:
+    try:
+        return metadata.version("depthmix")
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+# ---- the folder's place -------------------------------------------------------------------------
+
+
+def _building_path(folder: Path) -> Path:
+    return folder.parent / f".{folder.name}.building"
+
+
+def _lock_path(folder: Path) -> Path:
+    return folder.parent / f".{folder.name}.lock"
+
+
+@contextlib.contextmanager
+def _locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock file ``path``; yields False if another process does and ``wait`` is false.
+
+    The kernel lets go of the lock when its holder dies, however it dies. The
+    file is removed while it is held, so whoever gets the lock checks that it
+    is still the file of that name.
+    """
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            current = os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(handle))
+        except BlockingIOError:
+            os.close(handle)
+            yield False
+            return
+        except FileNotFoundError:  # removed between the two looks
+            current = False
+        except BaseException:
+            os.close(handle)
+            raise
+        if current:
+            break
+        os.close(handle)
+    try:
+        yield True
+    finally:
+        os.unlink(path)
+        os.close(handle)
+
+
+def _sweep(folder: Path, everything: bool) -> None:
+    """Remove what builders that were killed left behind: of ``folder``, or of all beside it too."""
+    shutil.rmtree(_building_path(folder), ignore_errors=True)
+    for stale in folder.parent.glob(".*.building") if everything else ():
+        with _locked(stale.with_suffix(".lock"), wait=False) as alone:
+            if alone:
+                shutil.rmtree(stale, ignore_errors=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _refusals(folder: Path) -> Iterator[None]:
+    """Say that ``folder`` cannot be made and what to do, when the system refuses."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise _no_room(error, folder, 0, 0.0) from error
+        raise UserError(
+            f"cannot write the dataset to {folder} ({error.strerror}: {error.filename}); "
+            f"choose a folder you can write to with --out, or set DEPTHMIX_CACHE"
+        ) from error
+
+
+def _no_room(error: OSError, folder: Path, written: int, share: float) -> RunError:
+    needed = (
+        f"about {written / share / 1e6:.0f} MB are needed" if share > 0.01 and written else "more is needed"
+    )
+    try:
+        free = f"{shutil.disk_usage(folder.parent).free / 1e6:.0f} MB are free in {folder.parent} now"
+    except OSError:
+        free = f"{folder.parent} is full"
+    return RunError(
+        f"no room to write {folder} ({error.strerror} after {written / 1e6:.1f} MB): {needed}, {free}. "
+        f"Free some or choose another place with --out or DEPTHMIX_CACHE. "
+        f"The unfinished part was removed, nothing else was touched."
+    )
+
+
+# ---- progress -----------------------------------------------------------------------------------
+
+
+class _Report:
+    """Where the work stands; draws nothing."""
+
+    def __init__(self, total_bytes: int):
+        self.total_bytes, self.read_bytes = total_bytes, 0
+
+    def describe(self, what: str) -> None:
+        """What is being done now; counting starts again."""
+        self.read_bytes = 0
+
+    def read(self, count: int) -> None:
+        """``count`` bytes of the sources, as stored, have been read."""
+        self.read_bytes = count
+
+    def tokens(self, count: int) -> None:
+        """``count`` tokens have been written."""
+
+    def share(self) -> float:
+        """Share of the sources that has been read."""
+        return min(1.0, self.read_bytes / self.total_bytes)
+
+
+class _Bar(_Report):
+    """Draws a bar by bytes of the sources, with tokens and tokens a second."""
+
+    def __init__(self, total_bytes: int, display):
+        super().__init__(total_bytes)
+        self._display = display
+        self._task = display.add_task("reading", total=total_bytes, speed="")
+
+    def describe(self, what):
+        super().describe(what)
+        self._display.reset(self._task, description=what, speed="")
+        self._began = time.monotonic()
+
+    def read(self, count):
+        super().read(count)
+        self._display.update(self._task, completed=min(count, self.total_bytes))
+
+    def tokens(self, count):
+        rate = count / max(1e-9, time.monotonic() - self._began)
+        self._display.update(self._task, speed=f"{count / 1e6:.1f} M tokens, {rate / 1e6:.2f} M/s")
+
+
+@contextlib.contextmanager
+def _reporting(sources: list[Source], progress: bool) -> Iterator[_Report]:
+    total = sum(source.size for source in sources)
+    if not progress:
+        yield _Report(total)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TextColumn("{task.fields[speed]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as display:
+        yield _Bar(total, display)

@@ -1,0 +1,305 @@
+"""Muon for the trunk's matrices and AdamW for everything else, in one optimiser step.
+
+Muon (Jordan 2024; paper, Appendix B) replaces the averaged gradient ``G = U S V^T`` of a matrix by
+its polar factor ``U V^T``: every direction is moved equally far. With momentum ``mu`` and rate ``lr``
+
+    M <- mu M + (1 - mu) G
+    W <- (1 - lr * decay) W - lr * sqrt(max(1, rows / cols)) * polar((1 - mu) G + mu M)
+
+``polar`` is Polar Express (Amsel et al. 2025, Algorithm 1): five odd polynomials
+
+    X <- a X + (b A + c A^2) X,    A = X X^T,    from X = G / (1.01 ||G||_F + 1e-7)
+
+whose coefficients are the best possible for singular values in [1e-3, 1], step by step. A deep, thin
+model has a hundred small matrices, so matrices of one shape are stacked and iterated as a batch.
+
+Everything that is not a matrix of the trunk (embedding, norms, biases, gates, pooling vectors) is
+AdamW's. Parameters in bf16 or fp16 are stepped through fp32 master weights kept in the optimiser's
+state: a small rate times a small gradient would otherwise round away.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from .config import OptimConfig
+
+Coefficients = Sequence[tuple[float, float, float]]
+
+# Coefficients (a, b, c) of each step. Dividing them by powers of 1.01 keeps a singular value that
+# rounding has pushed above 1 from leaving the interval the next polynomial is made for; the last
+# step has no next one.
+_OPTIMAL = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+)
+POLAR_EXPRESS: Coefficients = (
+    *((a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in _OPTIMAL[:-1]),
+    _OPTIMAL[-1],
+)
+
+# Matrices are stacked up to this many elements at once, so that the working memory of a large
+# model's step stays a fraction of its weights.
+_BATCH_ELEMENTS = 1 << 26
+
+
+@torch.no_grad()
+def polar_express(
+    matrices: Tensor,
+    coefficients: Coefficients = POLAR_EXPRESS,
+    *,
+    margin: float = 1.01,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The polar factor ``U V^T`` of each matrix ``U S V^T``, approximately.
+
+    ``matrices`` is ``[..., rows, cols]``; the result has its shape. The work is done in ``dtype``
+    (None: that of ``matrices``), which is also the result's. The start is the matrix divided by
+    ``margin`` times its Frobenius norm. A matrix of zeros stays zero.
+    """
+    if matrices.ndim < 2 or not matrices.is_floating_point():
+        raise ValueError(
+            f"polar_express takes floating matrices [..., rows, cols], "
+            f"got {matrices.dtype} {tuple(matrices.shape)}"
+        )
+    X = matrices.reshape(-1, *matrices.shape[-2:])
+    tall = X.shape[-2] > X.shape[-1]
+    if tall:  # the smaller of the two Gram matrices
+        X = X.mT
+    # The norm is taken in fp32 at least: it scales everything that follows.
+    norm_dtype = torch.promote_types(X.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=norm_dtype)
+    X = (X / (margin * norm + 1e-7)).to(dtype or matrices.dtype)
+    for a, b, c in coefficients:
+        A = torch.bmm(X, X.mT)
+        polynomial = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        X = torch.baddbmm(X, polynomial, X, beta=a)
+    if tall:
+        X = X.mT
+    return X.reshape(matrices.shape)
+
+
+def parameter_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Names and parameters of ``model``, each in exactly one group.
+
+    ``muon``: 2-D parameters inside ``model.blocks``. ``adamw``: all others with two dimensions or
+    more (the embedding), with weight decay. ``adamw_no_decay``: vectors and scalars. A tied
+    parameter appears once, under its first name. Raises ``ValueError`` for a parameter that fits no
+    group, or two of them (tied between the trunk and something outside it).
+    """
+    if not isinstance(getattr(model, "blocks", None), nn.Module):
+        raise ValueError(f"{type(model).__name__} has no module named 'blocks', where Muon's matrices are")
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {"muon": [], "adamw": [], "adamw_no_decay": []}
+    placed: dict[nn.Parameter, tuple[str, str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not parameter.is_floating_point():
+            raise ValueError(f"parameter {name} is {parameter.dtype}: no optimiser group takes it")
+        if parameter.ndim < 2:
+            group = "adamw_no_decay"
+        elif parameter.ndim == 2 and name.startswith("blocks."):
+            group = "muon"
+        else:
+            group = "adamw"
+        if parameter not in placed:
+            placed[parameter] = (name, group)
+            groups[group].append((name, parameter))
+        elif placed[parameter][1] != group:
+            other, other_group = placed[parameter]
+            raise ValueError(
+                f"one parameter is both {other} (group {other_group}) and {name} (group {group}); "
+                f"tie parameters within the trunk or outside it, not across"
+            )
+    return groups
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon and AdamW over the groups of :func:`parameter_groups`, with one ``step()``.
+
+    ``coefficients``, ``margin`` and ``dtype`` go to :func:`polar_express`; ``dtype`` None is bf16
+    on a CUDA device and the weights' own dtype elsewhere. All state is made at once, so a checkpoint
+    of step 0 has the same tensors as any other.
+    """
+
+    def __init__(
+        self,
+        groups: dict[str, list[tuple[str, nn.Parameter]]],
+        config: OptimConfig,
+        *,
+        coefficients: Coefficients = POLAR_EXPRESS,
+        margin: float = 1.01,
+        dtype: torch.dtype | None = None,
+    ):
+        options = {
+            "muon": {"peak_lr": config.muon_lr, "weight_decay": config.weight_decay},
+            "adamw": {"peak_lr": config.lr, "weight_decay": config.weight_decay},
+            "adamw_no_decay": {"peak_lr": config.lr, "weight_decay": 0.0},
+        }
+        super().__init__(
+            [
+                {"params": named, "kind": kind, "lr": options[kind]["peak_lr"], **options[kind]}
+                for kind, named in groups.items()
+                if named
+            ],
+            {},
+        )
+        self.config = config
+        self.coefficients = coefficients
+        self.margin = margin
+        self.dtype = dtype
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter] = self._fresh_state(parameter, group["kind"])
+
+    @staticmethod
+    def _fresh_state(parameter: nn.Parameter, kind: str) -> dict[str, Tensor]:
+        state = {}
+        weight = parameter.detach()
+        if weight.dtype in (torch.bfloat16, torch.float16):
+            weight = state["master"] = weight.float()
+        if kind == "muon":
+            state["momentum"] = torch.zeros_like(weight)
+        else:
+            state["exp_avg"] = torch.zeros_like(weight)
+            state["exp_avg_sq"] = torch.zeros_like(weight)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
+        return state
+
+    def named_state(self) -> dict[str, Tensor]:
+        """The live state tensors, named ``<parameter>:<kind of state>``; copy into them to restore."""
+        return {
+            f"{name}:{key}": tensor
+            for group in self.param_groups
+            for name, parameter in zip(group["param_names"], group["params"], strict=True)
+            for key, tensor in self.state[parameter].items()
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As in ``torch.optim.Optimizer``, except that fp32 state of a bf16 parameter stays fp32."""
+        saved_groups = state_dict["param_groups"]
+        if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in self.param_groups]:
+            raise ValueError("the saved optimiser state has other parameter groups than this optimiser")
+        for group, saved in zip(self.param_groups, saved_groups, strict=True):
+            group.update({key: value for key, value in saved.items() if key not in ("params", "param_names")})
+            for parameter, index in zip(group["params"], saved["params"], strict=True):
+                for key, tensor in self.state[parameter].items():
+                    tensor.copy_(state_dict["state"][index][key])
+
+    def set_lr_fraction(self, fraction: float) -> None:
+        """Set every group's learning rate to ``fraction`` of its peak."""
+        for group in self.param_groups:
+            group["lr"] = group["peak_lr"] * fraction
+
+    def _weight(self, parameter: nn.Parameter) -> Tensor:
+        """What is stepped: the fp32 master of a low-precision parameter, else the parameter itself."""
+        return self.state[parameter].get("master", parameter)
+
+    @torch.no_grad()
+    def collect_gradients(self) -> None:
+        """Add the gradients of low-precision parameters to those of their fp32 masters, and drop them.
+
+        Called after each backward pass, it makes accumulation over micro-batches an fp32 sum.
+        Without it, ``clip_grad_norm`` and ``step`` collect by themselves.
+        """
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                master = self.state[parameter].get("master")
+                if master is None or parameter.grad is None:
+                    continue
+                if master.grad is None:
+                    master.grad = parameter.grad.float()
+                else:
+                    master.grad.add_(parameter.grad)
+                parameter.grad = None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for state in self.state.values():
+            if "master" in state:
+                state["master"].grad = None
+
+    @torch.no_grad()
+    def clip_grad_norm(self, max_norm: float) -> Tensor:
+        """Scale all gradients so that their joint 2-norm is at most ``max_norm`` (0: leave them).
+
+        Returns the norm before scaling, a scalar tensor, fp32 for low-precision parameters.
+        """
+        self.collect_gradients()
+        weights = [self._weight(p) for group in self.param_groups for p in group["params"]]
+        norm = nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
+        if max_norm:
+            nn.utils.clip_grads_with_norm_(weights, max_norm, norm)
+        return norm
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.collect_gradients()
+        for group in self.param_groups:
+            stepped = [p for p in group["params"] if self._weight(p).grad is not None]
+            if group["kind"] == "muon":
+                for batch in _batches_of_one_shape(stepped):
+                    self._step_muon(batch, group)
+            elif stepped:
+                self._step_adamw(stepped, group)
+            low_precision = [p for p in stepped if "master" in self.state[p]]
+            if low_precision:
+                torch._foreach_copy_(low_precision, [self.state[p]["master"] for p in low_precision])
+        return loss
+
+    def _step_muon(self, batch: list[nn.Parameter], group: dict) -> None:
+        weights = [self._weight(p) for p in batch]
+        gradients = [w.grad for w in weights]
+        momenta = [self.state[p]["momentum"] for p in batch]
+        torch._foreach_lerp_(momenta, gradients, 1 - self.config.muon_momentum)
+        nesterov = torch._foreach_lerp(gradients, momenta, self.config.muon_momentum)
+        on_cuda = weights[0].device.type == "cuda"
+        dtype = self.dtype or (torch.bfloat16 if on_cuda else weights[0].dtype)
+        updates = polar_express(torch.stack(nesterov), self.coefficients, margin=self.margin, dtype=dtype)
+        rows, cols = weights[0].shape
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        scale = max(1, rows / cols) ** 0.5
+        torch._foreach_add_(weights, list(updates.to(weights[0].dtype)), alpha=-group["lr"] * scale)
+
+    def _step_adamw(self, parameters: list[nn.Parameter], group: dict) -> None:
+        weights = [self._weight(p) for p in parameters]
+        adamw(
+            weights,
+            [w.grad for w in weights],
+            [self.state[p]["exp_avg"] for p in parameters],
+            [self.state[p]["exp_avg_sq"] for p in parameters],
+            [],
+            [self.state[p]["step"] for p in parameters],
+            fused=True,  # one kernel for all tensors: most are vectors, where launching costs most
+            amsgrad=False,
+            beta1=self.config.beta1,
+            beta2=self.config.beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=1e-8,
+            maximize=False,
+        )
+
+
+def _batches_of_one_shape(parameters: list[nn.Parameter]):
+    """Lists of parameters of one shape, none with more than ``_BATCH_ELEMENTS`` elements in all."""
+    by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        by_shape.setdefault(parameter.shape, []).append(parameter)
+    for shape, alike in by_shape.items():
+        size = max(1, _BATCH_ELEMENTS // shape.numel())
+        for first in range(0, len(alike), size):
+            yield alike[first : first + size]
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> MuonAdamW:
+    """The optimiser of ``model``'s parameters, on the device and in the dtypes they have now."""
+    return MuonAdamW(parameter_groups(model), config)

@@ -1,0 +1,690 @@
+"""Train one model: the loop, and what makes a run survive whatever stops it.
+
+One optimiser step on ``batch_size`` sequences, in micro-batches::
+
+    loss = mean over all tokens of the step;  clip;  learning rate;  Muon and AdamW
+
+The loop is :func:`_loop`. Everything it needs to go on is in a checkpoint, so a run that was
+stopped and resumed computes the same bits on a CPU as one that never stopped, and its
+``metrics.jsonl`` is the same file: at resume it is cut back to where the checkpoint left it.
+Wall-clock times, which never repeat, are in ``timing.jsonl``.
+
+TensorBoard events are always written. Weights & Biases is used when the environment variable
+WANDB_PROJECT names a project (the extra ``wandb`` must be installed).
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import platform
+import signal
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .checkpoint import (
+    Checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    prune_checkpoints,
+    record_best,
+    restore,
+    save_checkpoint,
+    versions,
+    write_json,
+)
+from .config import TrainConfig, from_dict
+from .data import Loader, eval_batches, open_dataset, prepare
+from .errors import Interrupted, RunError, UserError
+from .memory import saved_bytes
+from .model import GPT
+from .optim import MuonAdamW, build_optimizer
+
+MAY_CHANGE_ON_RESUME = ("device", "compile", "keep_last", "checkpoint_interval", "data.cache_dir")
+"""Fields of the configuration that alter neither the training nor the metrics, beyond rounding on
+another device. Any other difference is refused: the result would be of no one configuration."""
+
+
+def train(config: TrainConfig, run_dir: Path, *, resume: bool = False, quiet: bool = False) -> dict:
+    """Train ``config`` in ``run_dir`` and return what it also writes to ``result.json``.
+
+    ``resume`` goes on from the newest checkpoint, or from the beginning where there is none yet; a
+    finished run is returned as it is. ``quiet`` prints nothing.
+
+    Raises ``UserError`` for a folder in use or not empty, a configuration that differs from the one
+    being resumed, a device or data that do not exist; ``RunError`` when the loss is not finite, a
+    file cannot be written or a checkpoint is damaged; ``Interrupted`` after SIGINT or SIGTERM, once
+    the step in progress is done and saved.
+    """
+    began = time.monotonic()
+    run_dir = Path(run_dir)
+    _check_folder(run_dir, resume)
+    with _locked(run_dir):
+        _check_folder(run_dir, resume)
+        device = _device(config.device)
+        dataset = open_dataset(prepare(config.data, progress=not quiet and sys.stdout.isatty()))
+        config = _with_vocabulary(config, dataset.tokenizer.vocab_size)
+        if resume:
+            _check_same_config(config, run_dir / "config.json")
+            if (run_dir / "result.json").exists():
+                return json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
+        saved = _latest(run_dir) if resume else None
+        write_json(run_dir / "config.json", config.to_dict())
+        write_json(run_dir / "tokenizer.json", dataset.tokenizer.to_dict())
+        write_json(run_dir / "environment.json", _environment(device))
+        with _errors_named(run_dir):
+            run = _Run(config, run_dir, dataset, device, saved, quiet, began)
+            with run.logs, run.display, _StopSignals(quiet) as stop:
+                _loop(run, stop)
+            result = _finish(run)
+    _report(run_dir)
+    return result
+
+
+# --- the loop -------------------------------------------------------------------------------------
+
+
+def _loop(run: "_Run", stop: "_StopSignals") -> None:
+    """Evaluate, save and step until all steps are done.
+
+    A run resumes at the top of the loop. An evaluation that a signal cut short is not on record, so
+    it is due again there: the metrics come out the same.
+    """
+    config = run.config
+    while True:
+        finished = run.step == config.steps
+        improved = False
+        if run.evaluated < run.step and (finished or _due(run.step, config.eval_interval)):
+            improved = run.evaluate(stop)
+        stopped = stop.received is not None and not (finished and run.evaluated == run.step)
+        if improved or finished or stopped or _due(run.step, config.checkpoint_interval):
+            run.save()
+        if stopped:
+            raise Interrupted(f"stopped by {stop.received.name} after step {run.step}; saved {run.latest}")
+        if finished:
+            return
+
+        started = time.perf_counter()
+        inputs, targets = run.next_batch()
+        run.optimizer.set_lr_fraction(config.optim.lr_fraction(run.step, config.steps))
+        loss, grad_norm = _gradients(run, inputs, targets)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise _not_finite(
+                run, f"step {run.step + 1} has loss {loss} and gradient norm {grad_norm}, and was not applied"
+            )
+        run.optimizer.step()
+        run.step += 1
+        run.log_step(loss, grad_norm, seconds=time.perf_counter() - started)
+
+
+def _due(step: int, interval: int) -> bool:
+    return interval > 0 and step > 0 and step % interval == 0
+
+
+def _gradients(run: "_Run", inputs: Tensor, targets: Tensor) -> tuple[float, float]:
+    """Mean loss over the step's tokens, and the norm of its gradient before clipping.
+
+    ``inputs`` and ``targets`` are ``[batch_size, T]``; all micro-batches are of one size, so the mean
+    of their mean losses is the mean over tokens.
+    """
+    run.optimizer.zero_grad()
+    micro = run.config.micro_batch or run.config.batch_size
+    share = micro / run.config.batch_size
+    total = torch.zeros((), device=run.device)
+    for micro_inputs, micro_targets in zip(inputs.split(micro), targets.split(micro), strict=True):
+        with run.autocast():
+            _, loss = run.forward(micro_inputs, micro_targets)
+        (loss * share).backward()
+        run.optimizer.collect_gradients()
+        total += loss.detach() * share
+    grad_norm = run.optimizer.clip_grad_norm(run.config.optim.grad_clip)
+    # One transfer from the device for both numbers.
+    loss, grad_norm = torch.stack([total, grad_norm]).tolist()
+    return loss, grad_norm
+
+
+def _not_finite(run: "_Run", what: str) -> RunError:
+    where = f"the last checkpoint is {run.latest}" if run.latest else "no checkpoint was saved yet"
+    return RunError(
+        f"{run.run_dir}: {what}; {where}. Training "
+        f"repeats exactly, so --resume would end here again: start a new run with a lower --lr and "
+        f"--muon-lr, more --warmup-steps, or --precision fp32"
+    )
+
+
+# --- the run: everything the loop works on --------------------------------------------------------
+
+
+class _Run:
+    """Model, optimiser, data, logs and progress of one run, built fresh or from a checkpoint."""
+
+    def __init__(self, config, run_dir, dataset, device, saved: Checkpoint | None, quiet, began):
+        self.config: TrainConfig = config
+        self.run_dir: Path = run_dir
+        self.device: torch.device = device
+        self.began = began
+        self.val = dataset.val
+        self.data = {"train": dataset.train.fingerprint, "val": dataset.val.fingerprint}
+        torch.manual_seed(config.seed)
+        self.model = build_model(config, device)
+        self.forward = torch.compile(self.model) if config.compile else self.model
+        self.optimizer: MuonAdamW = build_optimizer(self.model, config.optim)
+        self.loader = Loader(dataset.train, config.model.seq_len, config.batch_size, config.seed)
+
+        self.step = 0
+        """Optimiser steps done."""
+        self.evaluated = 0
+        """The step of the last evaluation."""
+        self.best: dict | None = None
+        self.latest: Path | None = None
+        self.seconds_before = 0.0
+        self.peak_before = 0
+        offsets = {"metrics": 0, "timing": 0}
+        if saved is not None:
+            state = saved.state
+            if state["data"] != self.data:
+                raise UserError(
+                    f"the data are not those that {saved.folder} was trained on: "
+                    f"fingerprints {self.data}, there {state['data']}; start a new run"
+                )
+            restore(saved, self.model, self.optimizer)
+            self.loader.load_state_dict(state["loader"])
+            self.step, self.evaluated, self.best = state["step"], state["evaluated"], state["best"]
+            self.seconds_before, self.peak_before = state["seconds"], state["peak_memory_bytes"]
+            self.latest = saved.folder
+            offsets = state["offsets"]
+            # A process that died between these writes left them one checkpoint behind.
+            record_best(self.checkpoints, self.best)
+            prune_checkpoints(self.checkpoints, config.keep_last)
+        self.display = _Display(self, quiet)
+        if saved is not None and (changed := _changes(state["environment"], _environment(device))):
+            self.display.note(f"this machine is not as at the checkpoint, so bits may differ: {changed}")
+        self.logs = _Logs(run_dir, config, self.step, offsets)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.run_dir / "checkpoints"
+
+    @property
+    def tokens(self) -> int:
+        return self.step * self.config.tokens_per_step
+
+    def autocast(self):
+        """The context of every forward pass."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "autocast")
+
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        inputs, targets = self.loader.next_batch()
+        if self.device.type == "cuda":
+            inputs, targets = inputs.pin_memory(), targets.pin_memory()
+        return inputs.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+
+    def log_step(self, loss: float, grad_norm: float, seconds: float) -> None:
+        fraction = self.config.optim.lr_fraction(self.step - 1, self.config.steps)
+        rates = {"lr": self.config.optim.lr * fraction, "muon_lr": self.config.optim.muon_lr * fraction}
+        speed = self.config.tokens_per_step / seconds
+        self.logs.metrics(
+            {"split": "train", "step": self.step, "tokens": self.tokens, "loss": loss, "grad_norm": grad_norm}
+            | rates
+        )
+        self.logs.timing({"step": self.step, "seconds": seconds, "tokens_per_s": speed, "time": time.time()})
+        self.display.step(loss, speed)
+
+    @torch.no_grad()
+    def evaluate(self, stop: "_StopSignals") -> bool:
+        """Measure and log the validation loss; True when it is the lowest so far.
+
+        Given up, with nothing logged, when a signal arrives: what runs the job may not wait long.
+        """
+        total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        micro = self.config.micro_batch or self.config.batch_size
+        for inputs, targets in eval_batches(
+            self.val, self.config.model.seq_len, micro, self.config.eval_tokens
+        ):
+            if stop.received is not None:
+                return False
+            with self.autocast():
+                _, loss = self.forward(inputs.to(self.device), targets.to(self.device))
+            total += loss.double() * targets.numel()
+            count += targets.numel()
+        loss = total.item() / count
+        if not math.isfinite(loss):
+            raise _not_finite(self, f"the validation loss after step {self.step} is {loss}")
+        self.logs.metrics({"split": "val", "step": self.step, "tokens": self.tokens, "loss": loss})
+        self.display.validation(loss)
+        self.evaluated = self.step
+        if self.best is not None and loss >= self.best["val_loss"]:
+            return False
+        self.best = {"step": self.step, "val_loss": loss}
+        return True
+
+    def save(self) -> None:
+        """Make this step durable: first the metrics up to here, then the checkpoint, then drop old ones."""
+        offsets = self.logs.sync()
+        state = {
+            "config": self.config.to_dict(),
+            "data": self.data,
+            "loader": self.loader.state_dict(),
+            "evaluated": self.evaluated,
+            "best": self.best,
+            "offsets": offsets,
+            "seconds": self.seconds_before + time.monotonic() - self.began,
+            "peak_memory_bytes": self.peak_memory(),
+            "environment": _environment(self.device),
+        }
+        if self.latest is None or self.latest.name != f"step-{self.step:08d}":
+            self.latest = save_checkpoint(self.checkpoints, self.step, self.model, self.optimizer, state)
+        record_best(self.checkpoints, self.best)
+        prune_checkpoints(self.checkpoints, self.config.keep_last)
+
+    def peak_memory(self) -> int:
+        """Bytes: of the device's allocator on CUDA, of the process's resident memory elsewhere."""
+        if self.device.type == "cuda":
+            return max(self.peak_before, torch.cuda.max_memory_allocated(self.device))
+        return max(self.peak_before, _peak_resident_bytes())
+
+
+def build_model(config: TrainConfig, device: torch.device) -> GPT:
+    """The model as it is trained: seeded weights, on ``device``, in bf16 for ``precision="bf16"``."""
+    model = GPT(config.model, seed=config.seed).to(device)
+    if config.precision == "bf16":
+        # Parameters only: tables of constants keep their precision.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16()
+    return model
+
+
+def _finish(run: _Run) -> dict:
+    """Write ``result.json`` from the files of the finished run."""
+    lines = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if line["split"] == "train"]
+    timing = [json.loads(line) for line in (run.run_dir / "timing.jsonl").read_text().splitlines()]
+    steps = run.config.steps
+    peak = run.peak_memory()
+    ids = torch.zeros(1, run.config.model.seq_len, dtype=torch.int64, device=run.device)
+    with run.autocast():
+        activations = saved_bytes(run.model, ids, ids)
+    result = {
+        "status": "finished",
+        "residual": run.config.model.residual,
+        "n_streams": run.config.model.n_streams,
+        "seed": run.config.seed,
+        "steps": steps,
+        "tokens": run.tokens,
+        "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
+        "train_loss": statistics.fmean(losses[-min(200, max(1, steps // 10)) :]),
+        "val_loss": next(line["loss"] for line in reversed(lines) if line["split"] == "val"),
+        "best_val_loss": run.best["val_loss"],
+        "best_step": run.best["step"],
+        "tokens_per_s": statistics.median(t["tokens_per_s"] for t in timing if t["step"] > 0.1 * steps),
+        "peak_memory_bytes": peak,
+        "saved_bytes_per_token": activations / ids.numel(),
+        "wall_seconds": run.seconds_before + time.monotonic() - run.began,
+    }
+    write_json(run.run_dir / "result.json", result)
+    return result
+
+
+def _report(run_dir: Path) -> None:
+    try:
+        from .report import write_run_report
+
+        write_run_report(run_dir)
+    except Exception as error:  # the run is finished and saved; a drawing must not undo that
+        print(f"depthmix: warning: no report for {run_dir}: {error}", file=sys.stderr)
+
+
+# --- logs -----------------------------------------------------------------------------------------
+
+
+class _Lines:
+    """A .jsonl file that can be cut back: append objects, know the length, put it on the disk."""
+
+    def __init__(self, path: Path, keep: int):
+        self.path = path
+        # Unbuffered: a line is in the file when write() returns, and nothing waits for a close that
+        # would fail a second time on a full disk.
+        self.file = open(path, "ab", buffering=0)
+        length = self.file.seek(0, os.SEEK_END)
+        if length < keep:
+            self.file.close()
+            raise RunError(
+                f"{path} has {length} bytes where the checkpoint recorded {keep}; "
+                f"restore it from a copy, or start a new run"
+            )
+        self.file.truncate(keep)
+        self.length = keep
+
+    def append(self, value: dict) -> None:
+        line = memoryview((json.dumps(value, allow_nan=False) + "\n").encode())
+        try:
+            while line:
+                written = self.file.write(line)
+                self.length += written
+                line = line[written:]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+    def sync(self) -> int:
+        os.fsync(self.file.fileno())
+        return self.length
+
+
+class _Logs:
+    """metrics.jsonl, timing.jsonl, TensorBoard and, on request, Weights & Biases."""
+
+    def __init__(self, run_dir: Path, config: TrainConfig, step: int, offsets: dict[str, int]):
+        self._metrics = _Lines(run_dir / "metrics.jsonl", offsets["metrics"])
+        self._timing = _Lines(run_dir / "timing.jsonl", offsets["timing"])
+        # Heavy to import, so only once training is certain.
+        from torch.utils.tensorboard import SummaryWriter
+
+        # Events of steps that are about to be repeated are told to vanish.
+        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+        self._wandb = _wandb_run(run_dir, config)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._metrics.file.close()
+        self._timing.file.close()
+        self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def metrics(self, line: dict) -> None:
+        self._metrics.append(line)
+        split, step = line["split"], line["step"]
+        self._show(
+            {f"{split}/{key}": line[key] for key in line if key not in ("split", "step", "tokens")}, step
+        )
+
+    def timing(self, line: dict) -> None:
+        self._timing.append(line)
+        self._show({"train/tokens_per_s": line["tokens_per_s"]}, line["step"])
+
+    def _show(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+
+    def sync(self) -> dict[str, int]:
+        """Put every line on the disk; the lengths of the files in bytes."""
+        self._tensorboard.flush()
+        return {"metrics": self._metrics.sync(), "timing": self._timing.sync()}
+
+
+def _wandb_run(run_dir: Path, config: TrainConfig):
+    """A Weights & Biases run when WANDB_PROJECT asks for one; the same one again at resume."""
+    if not os.environ.get("WANDB_PROJECT"):
+        return None
+    try:
+        import wandb
+    except ImportError:
+        print(
+            'depthmix: warning: WANDB_PROJECT is set but wandb is missing: pip install "depthmix[wandb]"',
+            file=sys.stderr,
+        )
+        return None
+    path = run_dir.resolve()
+    return wandb.init(
+        project=os.environ["WANDB_PROJECT"],
+        name=run_dir.name,
+        id=hashlib.sha256(str(path).encode()).hexdigest()[:16],
+        dir=str(path),
+        config=config.to_dict(),
+        resume="allow",
+    )
+
+
+class _Display:
+    """Progress on standard output: one live line on a terminal, a line now and then elsewhere."""
+
+    SECONDS_BETWEEN_LINES = 10
+
+    def __init__(self, run: _Run, quiet: bool):
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        self.run, self.quiet = run, quiet
+        self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self.first_step, self.began, self.printed = run.step, time.monotonic(), 0.0
+        self.val_loss: float | None = None
+        self.live = None
+        if self.console.is_terminal and not quiet:
+            self.live = Progress(BarColumn(20), TextColumn("{task.description}"), console=self.console)
+            self.task = self.live.add_task("", total=run.config.steps, completed=run.step)
+
+    def __enter__(self):
+        config, count = self.run.config, sum(p.numel() for p in self.run.model.parameters())
+        self.note(
+            f"{config.model.residual}: {count:,} parameters, {config.steps:,} steps of "
+            f"{config.tokens_per_step:,} tokens on {self.run.device}, in {self.run.run_dir}"
+        )
+        if self.run.step:
+            self.note(f"going on from step {self.run.step:,}")
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_):
+        if self.live:
+            self.live.stop()
+
+    def note(self, text: str) -> None:
+        # A reader that went away (a pipe into head) is no reason to stop training.
+        with contextlib.suppress(OSError):
+            self.console.print(text, markup=False)
+
+    def step(self, loss: float, tokens_per_s: float) -> None:
+        if self.live:
+            self.live.update(self.task, completed=self.run.step, description=self._line(loss, tokens_per_s))
+        elif not self.quiet and time.monotonic() - self.printed >= self.SECONDS_BETWEEN_LINES:
+            self.note(self._line(loss, tokens_per_s))
+            self.printed = time.monotonic()
+
+    def validation(self, loss: float) -> None:
+        self.val_loss = loss
+        if not self.live:
+            self.note(f"step {self.run.step:,}/{self.run.config.steps:,}  validation loss {loss:.4f}")
+
+    def _line(self, loss: float, tokens_per_s: float) -> str:
+        done = self.run.step - self.first_step
+        left = (time.monotonic() - self.began) / done * (self.run.config.steps - self.run.step)
+        minutes, seconds = divmod(int(left), 60)
+        hours, minutes = divmod(minutes, 60)
+        val = "" if self.val_loss is None else f"  val {self.val_loss:.4f}"
+        return (
+            f"step {self.run.step:,}/{self.run.config.steps:,}  loss {loss:.4f}{val}  "
+            f"{tokens_per_s:,.0f} tokens/s  {hours}:{minutes:02}:{seconds:02} left"
+        )
+
+
+# --- before the loop ------------------------------------------------------------------------------
+
+
+def _check_folder(run_dir: Path, resume: bool) -> None:
+    """Refuse to mix a run with what is in the folder already."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"{run_dir} is a file; choose another folder with --out")
+    names = {entry.name for entry in run_dir.iterdir()} if run_dir.is_dir() else set()
+    # What a process leaves that died before its configuration was written.
+    names = {name for name in names if name != "lock" and not name.endswith(".new")}
+    if names and not resume:
+        raise UserError(
+            f"{run_dir} is not empty; go on with it by --resume, or choose another folder with --out"
+        )
+    if names and "config.json" not in names:
+        raise UserError(f"{run_dir} is not a run folder: it has no config.json; nothing to resume there")
+
+
+@contextlib.contextmanager
+def _locked(run_dir: Path) -> Iterator[None]:
+    """Hold the folder for this process; the system lets go when the process ends, however it ends."""
+    import fcntl
+
+    with _errors_named(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = open(run_dir / "lock", "a+", encoding="utf-8")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"{run_dir} is in use by process {file.read().strip() or 'unknown'}; "
+                f"wait for it, or choose another folder with --out"
+            ) from None
+        except OSError as error:
+            # Some network file systems have no locks.
+            print(f"depthmix: warning: {run_dir} cannot be locked ({error.strerror})", file=sys.stderr)
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+@contextlib.contextmanager
+def _errors_named(run_dir: Path) -> Iterator[None]:
+    """Turn an error of the operating system into a message with the path and what is safe."""
+    try:
+        yield
+    except OSError as error:
+        latest = latest_checkpoint(run_dir / "checkpoints")
+        kept = f"The last checkpoint is {latest}; once that is mended, go on with --resume" if latest else ""
+        raise RunError(
+            f"{error.filename or run_dir}: {error.strerror or error}. {kept}".rstrip(". ")
+        ) from error
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"unknown device {name!r}. Valid: auto, cpu, cuda, cuda:N")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise UserError(
+                f"device {name!r} does not exist here: torch finds {count} CUDA devices; use --device cpu"
+            )
+        torch.cuda.set_device(device)
+    return device
+
+
+def _with_vocabulary(config: TrainConfig, vocab_size: int) -> TrainConfig:
+    """The tokenizer's vocabulary, rounded up to a multiple of 64: matrix products like it."""
+    model = dataclasses.replace(config.model, vocab_size=-(-vocab_size // 64) * 64)
+    return dataclasses.replace(config, model=model)
+
+
+def _flat(config: TrainConfig) -> dict:
+    values = {}
+    for key, value in config.to_dict().items():
+        nested = value if isinstance(value, dict) else None
+        values |= {f"{key}.{k}": v for k, v in nested.items()} if nested else {key: value}
+    return values
+
+
+def _check_same_config(config: TrainConfig, path: Path) -> None:
+    """Refuse to go on with another configuration than the saved one, naming each difference."""
+    if not path.exists():
+        return
+    try:
+        saved = _flat(from_dict(json.loads(path.read_text(encoding="utf-8"))))
+    except json.JSONDecodeError as error:
+        raise RunError(
+            f"{path} is damaged ({error}); every checkpoint's state.json has a copy of it"
+        ) from error
+    asked = _flat(config)
+    differences = [
+        f"{key}: {saved[key]!r} there, {asked[key]!r} asked for"
+        for key in asked
+        if key not in MAY_CHANGE_ON_RESUME and saved[key] != asked[key]
+    ]
+    if differences:
+        raise UserError(
+            f"{path} was started with another configuration. {'; '.join(differences)}. "
+            f"Resume with the saved values, or start a new run with --out"
+        )
+
+
+def _latest(run_dir: Path) -> Checkpoint | None:
+    newest = latest_checkpoint(run_dir / "checkpoints")
+    return None if newest is None else load_checkpoint(newest)
+
+
+def _environment(device: torch.device) -> dict[str, str]:
+    """What besides the configuration decides the bits and the speed."""
+    cuda = device.type == "cuda"
+    return {
+        **versions(),
+        "platform": platform.platform(),
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device)
+        if cuda
+        else platform.processor() or platform.machine(),
+        "cuda": str(torch.version.cuda) if cuda else "none",
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def _changes(before: dict, now: dict) -> str:
+    return ", ".join(f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key])
+
+
+def _peak_resident_bytes() -> int:
+    # getrusage counts what the parent had when it started this process; the kernel's own line does not.
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+class _StopSignals:
+    """Turns SIGINT and SIGTERM into a request that the loop sees after the step.
+
+    Further signals change nothing: the save that follows is not interrupted. Outside of the main
+    thread Python delivers no signals, and none are taken over.
+    """
+
+    def __init__(self, quiet: bool):
+        self.quiet = quiet
+        self.received: signal.Signals | None = None
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def _receive(self, number, frame) -> None:
+        if self.received is None:
+            self.received = signal.Signals(number)
+            if not self.quiet:
+                # Not print(): the handler may have interrupted one.
+                os.write(2, b"\nstopping after this step and a checkpoint\n")
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
