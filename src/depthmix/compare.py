@@ -100,7 +100,8 @@ def main(argv: list[str]) -> int:
     plan = make_plan(args)
     if saved is not None:
         refuse_if_changed(saved, plan, out)
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(entry.name != "cells" for entry in out.iterdir())):
+        # cells/ alone is what a comparison leaves that was killed before it wrote its plan.
         raise UserError(
             f"{out} is there already; --resume goes on with the comparison in it, --out names another folder"
         )
@@ -170,7 +171,12 @@ def cell_config(plan: dict, cell: dict) -> TrainConfig:
 
 
 def refuse_if_changed(saved: dict, plan: dict, out: Path) -> None:
-    """More seeds or connections may join a comparison; anything else would mix different experiments."""
+    """More seeds or connections may join a comparison; anything else would mix different experiments.
+
+    Fields that alter no result (device, how often to save) may change, as for a single run.
+    """
+    from .train import MAY_CHANGE_ON_RESUME
+
     changes = []
     if saved["recipe"] != plan["recipe"]:
         changes.append(f"recipe: {saved['recipe']} there, {plan['recipe']} now")
@@ -179,11 +185,12 @@ def refuse_if_changed(saved: dict, plan: dict, out: Path) -> None:
         changes.append(f"residuals: {', '.join(gone)} is there, but not asked for now")
     if plan["seeds"] < saved["seeds"]:
         changes.append(f"seeds: {saved['seeds']} there, {plan['seeds']} now")
-    before, now = _flat(saved["config"]), _flat(plan["config"])
+    # Through the classes, so that a field added since has its default on both sides.
+    before, now = (_flat(from_dict(values["config"]).to_dict()) for values in (saved, plan))
     changes += [
         f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
         for key in sorted({*before, *now})
-        if before.get(key) != now.get(key) and key != "model.residual"
+        if before.get(key) != now.get(key) and key not in ("model.residual", *MAY_CHANGE_ON_RESUME)
     ]
     if changes:
         raise UserError(
