@@ -251,9 +251,6 @@ def fake_generation(monkeypatch, tmp_path):
     class Model:
         config = types.SimpleNamespace(seq_len=16)
 
-        def eval(self):
-            pass
-
     def generate(model, ids, count, **options):
         assert ids.shape[1] + count <= 17
         state.prompts.append(ids[0].tolist())
@@ -283,6 +280,20 @@ def test_generate_prints_whole_characters(fake_generation, capsys):
     assert fake_generation.prompts == [list("aß".encode())]
     expected = {"top_k": 5, "top_p": 0.9, "seed": 3, "temperature": 0.0, "vocab_size": 257}
     assert expected.items() <= fake_generation.options[0].items()
+
+
+@pytest.mark.parametrize(
+    "device, message",
+    [
+        ("cuda:99", "device cuda:99 is not here"),
+        ("gpu", "unknown device 'gpu'"),
+        ("cuda:x", "unknown device"),
+    ],
+)
+def test_generate_on_a_device_that_is_not_there(fake_generation, capsys, device, message):
+    assert cli.main(["generate", fake_generation.run, "--prompt", "a", "--device", device]) == 2
+    said = capsys.readouterr()
+    assert message in said.err and said.out == ""
 
 
 def test_generate_from_nothing_starts_a_document(fake_generation):

@@ -211,6 +211,64 @@ def test_wrong_requests_leave_nothing(fake_training, tmp_path, capsys, options, 
     assert not (tmp_path / "out").exists()
 
 
+def test_what_alters_no_result_may_change(fake_training, no_figures, tmp_path):
+    out = tmp_path / "out"
+    start = ["compare", "--out", str(out), "--residuals", "prenorm"]
+    assert cli.main([*start, *SHORT]) == 0
+    assert cli.main(["compare", "--out", str(out), "--resume", "--device", "cpu", "--keep-last", "1"]) == 0
+    assert json.loads((out / "compare.json").read_text())["config"]["device"] == "cpu"
+
+
+def test_resume_of_what_was_killed_before_its_plan_and_of_an_older_version(
+    fake_training, no_figures, tmp_path
+):
+    out = tmp_path / "out"
+    (out / "cells").mkdir(parents=True)
+    assert cli.main(["compare", "--out", str(out), "--resume", "--residuals", "prenorm", *SHORT]) == 0
+    plan = json.loads((out / "compare.json").read_text())
+    del plan["config"]["model"]["norm_eps"]
+    (out / "compare.json").write_text(json.dumps(plan))
+    assert cli.main(["compare", "--out", str(out), "--resume"]) == 0
+
+
+@pytest.mark.slow
+def test_real_runs_from_comparison_to_generated_text(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{k} and {k} make {2 * k}.\n" for k in range(20_000)))
+    out = tmp_path / "out"
+    tiny = ["--n-layer", "2", "--d-model", "16", "--seq-len", "16", "--batch-size", "2", "--steps", "6"]
+    sparse = ["--eval-interval", "3", "--eval-tokens", "64", "--cache-dir", str(tmp_path / "cache")]
+    assert (
+        cli.main(["compare", "--out", str(out), "--data", str(text), "--device", "cpu", *tiny, *sparse]) == 0
+    )
+    rows = results(out)["runs"]
+    assert [row["status"] for row in rows] == ["finished"] * 3
+    # Same embedding and sublayers, same first batch; PreNorm and MGR differ from the first sum on.
+    assert len({row["parameters"] for row in rows}) == 3
+    firsts = [
+        json.loads((out / f"{row['residual']}-s0" / "metrics.jsonl").read_text().splitlines()[0])
+        for row in rows
+    ]
+    assert [line["tokens"] for line in firsts] == [32] * 3
+    assert all((out / f"{row['residual']}-s0" / "report.html").exists() for row in rows)
+    capsys.readouterr()
+    arguments = [
+        "generate",
+        str(out / "mgr-competitive-s0"),
+        "--prompt",
+        "7 and ",
+        "--tokens",
+        "9",
+        "--seed",
+        "1",
+    ]
+    assert cli.main(arguments) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("7 and ")
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out == first
+
+
 def test_tail_reads_whole_lines_once_and_notices_a_cut_file(tmp_path):
     path = tmp_path / "metrics.jsonl"
     tail = Tail(path)
@@ -238,6 +296,21 @@ def test_time_left(tmp_path):
     # 60 steps of b, 100 at prenorm's pace, 100 at mgr's.
     assert runner.total_left() == 60 * 2.0 + 100 * 1.0 + 100 * 2.0
     assert [_clock(s) for s in (None, 0, 59.2, 3599.5)] == ["…", "0:00", "1:00", "1:00:00"]
+
+
+def test_display_keeps_the_active_run_in_sight(tmp_path):
+    cells = [{"name": f"prenorm-s{s}", "residual": "prenorm", "seed": s} for s in range(40)]
+    runner = compare.Runner(tmp_path, {"config": {"steps": 9}, "cells": cells}, "", 0)
+    display = compare._display(runner)
+    display.console = Console(width=80, height=20, file=io.StringIO())
+    assert len(display._visible()) == 40
+    runner.child = "running"
+    for active in (0, 20, 39):
+        runner.cells[active].state = "running"
+        seen = display._visible()
+        assert runner.cells[active] in seen and len(seen) == 13
+        display.console.print(display._table())
+        assert f"prenorm-s{active} " in display.console.file.getvalue()
 
 
 def test_train_loss_shown_is_the_mean_of_the_last_twenty_steps():

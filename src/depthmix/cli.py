@@ -6,6 +6,7 @@ stopped by a signal after saving (``--resume`` goes on); 130 stopped at once.
 
 import codecs
 import errno
+import itertools
 import json
 import os
 import shlex
@@ -207,22 +208,37 @@ def _generate(argv: list[str]) -> int:
         raise UserError(f"--tokens must be at least 1, got {args.tokens}")
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
 
-    import torch
-
     from .checkpoint import load_model
 
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    model, _ = load_model(args.run, device)
-    model.eval()
+    model, _ = load_model(args.run, _device(args.device))
     tokenizer = _tokenizer_of(Path(args.run))
     ids = tokenizer.encode(prompt)
+    stream = _new_tokens(model, tokenizer, ids or [tokenizer.end_token], args)
+    # What is wrong with the request shows at the first token, before anything is printed.
+    tokens = [*itertools.islice(stream, 1)]
     print(prompt, end="", flush=True)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in _new_tokens(model, tokenizer, ids or [tokenizer.end_token], args):
+    for token in itertools.chain(tokens, stream):
         # A character may come in several tokens: the decoder holds back what is not whole yet.
         print(decoder.decode(_bytes_of(tokenizer, token)), end="", flush=True)
     print(decoder.decode(b"", final=True))
     return 0
+
+
+def _device(name: str) -> str:
+    """``name`` with auto decided; ``UserError`` when there is no such device here."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+        raise UserError(suggest(name, ("auto", "cpu", "cuda", "cuda:N"), "device"))
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"device {name} is not here: torch finds {torch.cuda.device_count()}; use --device cpu"
+        )
+    return name
 
 
 def _new_tokens(model, tokenizer, ids: list[int], args: Generate):

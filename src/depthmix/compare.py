@@ -100,7 +100,8 @@ def main(argv: list[str]) -> int:
     plan = make_plan(args)
     if saved is not None:
         refuse_if_changed(saved, plan, out)
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(entry.name != "cells" for entry in out.iterdir())):
+        # cells/ alone is what a comparison leaves that was killed before it wrote its plan.
         raise UserError(
             f"{out} is there already; --resume goes on with the comparison in it, --out names another folder"
         )
@@ -170,7 +171,12 @@ def cell_config(plan: dict, cell: dict) -> TrainConfig:
 
 
 def refuse_if_changed(saved: dict, plan: dict, out: Path) -> None:
-    """More seeds or connections may join a comparison; anything else would mix different experiments."""
+    """More seeds or connections may join a comparison; anything else would mix different experiments.
+
+    Fields that alter no result (device, how often to save) may change, as for a single run.
+    """
+    from .train import MAY_CHANGE_ON_RESUME
+
     changes = []
     if saved["recipe"] != plan["recipe"]:
         changes.append(f"recipe: {saved['recipe']} there, {plan['recipe']} now")
@@ -179,11 +185,12 @@ def refuse_if_changed(saved: dict, plan: dict, out: Path) -> None:
         changes.append(f"residuals: {', '.join(gone)} is there, but not asked for now")
     if plan["seeds"] < saved["seeds"]:
         changes.append(f"seeds: {saved['seeds']} there, {plan['seeds']} now")
-    before, now = _flat(saved["config"]), _flat(plan["config"])
+    # Through the classes, so that a field added since has its default on both sides.
+    before, now = (_flat(from_dict(values["config"]).to_dict()) for values in (saved, plan))
     changes += [
         f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
         for key in sorted({*before, *now})
-        if before.get(key) != now.get(key) and key != "model.residual"
+        if before.get(key) != now.get(key) and key not in ("model.residual", *MAY_CHANGE_ON_RESUME)
     ]
     if changes:
         raise UserError(
@@ -475,10 +482,10 @@ class _display:
         from rich.console import Console
         from rich.live import Live
 
-        console = Console()
+        self.console = Console()
         self.live = None
-        if console.is_terminal:
-            self.live = Live(self._table(), console=console, auto_refresh=False)
+        if self.console.is_terminal:
+            self.live = Live(self._table(), console=self.console, auto_refresh=False)
             self.live.__enter__()
         return self._show
 
@@ -525,7 +532,7 @@ class _display:
             ("validation loss", "right"), ("tokens/s", "right"), ("time left", "right"),
         ):  # fmt: skip
             table.add_column(title, justify=justify)
-        for cell in self.runner.cells:
+        for cell in self._visible():
             left = self.runner.seconds_left(cell)
             table.add_row(
                 cell.name,
@@ -536,9 +543,21 @@ class _display:
                 "" if cell.tokens_per_s is None else f"{cell.tokens_per_s:,.0f}",
                 "" if cell.state in ("finished", "failed") else _clock(left),
             )
-        table.caption = f"time left for all runs: {_clock(self.runner.total_left())}; Ctrl-C saves and stops"
-        table.caption_justify = "left"
+        if self.runner.child is not None:
+            table.caption = (
+                f"time left for all runs: {_clock(self.runner.total_left())}; Ctrl-C saves and stops"
+            )
+            table.caption_justify = "left"
         return table
+
+    def _visible(self) -> list[Cell]:
+        """As many cells as the terminal has lines for, the active one among them; all of them at the end."""
+        cells, lines = self.runner.cells, max(3, self.console.height - 7)
+        if self.runner.child is None or len(cells) <= lines:
+            return cells
+        active = max(index for index, cell in enumerate(cells) if cell.state != "waiting")
+        start = max(0, min(active - lines // 2, len(cells) - lines))
+        return cells[start : start + lines]
 
 
 def _clock(seconds: float | None) -> str:

@@ -205,7 +205,7 @@ def compare_page(path: Path, plan: dict, results: dict, records: list[RunRecord]
         f"depthmix: {names}",
         f"{path.resolve().name}: recipe {plan['recipe']}, {plan['seeds']} seed{'s' * (plan['seeds'] != 1)}. "
         "Same sublayer weights and same batches for every connection at one seed. "
-        f"± is the standard error over seeds. Page written {_now()}.",
+        f"{'± is the standard error over seeds. ' * (plan['seeds'] > 1)}Page written {_now()}.",
         parts,
     )
 

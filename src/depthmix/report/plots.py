@@ -307,7 +307,7 @@ def svgs(groups: Groups, baseline: str | None) -> list[tuple[str, str, str]]:
     add(
         "Loss against tokens",
         "Training loss, smoothed (lines) and raw (faint); validation loss (dots). "
-        f"The first steps lie above the axis.{mean}",
+        f"The first, steep part may lie above the axis.{mean}",
         lambda ax: draw_loss(ax, groups, baseline, ink),
     )
     if baseline is not None and len(groups) > 1:
