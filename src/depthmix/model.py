@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .config import GPTConfig
 from .errors import UserError
-from .functional import rms_norm
+from .functional import relu_squared, rms_norm
 from .ops.reference import compute_dtype
 from .residuals import build_residual
 
@@ -122,7 +122,7 @@ class MLP(nn.Module):
         self.proj = nn.Linear(4 * config.d_model, config.d_model, bias=False)
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.proj(self.fc(self.norm(h)).relu().square())
+        return self.proj(relu_squared(self.fc(self.norm(h))))
 
 
 class Block(nn.Module):

@@ -397,3 +397,14 @@ def test_score_scale_unit_removes_the_root():
         unit.gate_weight.copy_(weight), unit.pool_weight.copy_(weight)
         for a, b in zip(paper(y, (s,)), unit(y, (s,)), strict=True):
             torch.testing.assert_close(a, b)
+
+
+def test_norm_and_activation_gradcheck():
+    x, w = torch.randn(3, 4, 5, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+    np.testing.assert_allclose(
+        functional.rms_norm(x, w, 1e-3).numpy(), np_rms(x.numpy(), 1e-3) * w.numpy(), rtol=1e-12
+    )
+    np.testing.assert_array_equal(functional.relu_squared(x).numpy(), np.maximum(x.numpy(), 0) ** 2)
+    x.requires_grad_(), w.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, w: functional.rms_norm(x, w, 1e-3), (x, w))
+    assert torch.autograd.gradcheck(functional.relu_squared, (x,))
