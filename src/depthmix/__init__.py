@@ -4,13 +4,26 @@ Multi-Gate Residuals and the connections they are compared with, behind one inte
 (:mod:`depthmix.residuals`), with a GPT (:mod:`depthmix.model`) and a trainer.
 """
 
-from . import functional
-from .config import GPTConfig
-from .model import GPT, KVCache
-from .residuals import MultiGateResidual, available_residuals, gate_bias_init
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from . import functional
+    from .config import GPTConfig
+    from .model import GPT, KVCache
+    from .residuals import MultiGateResidual, available_residuals, gate_bias_init
 
 __version__ = "0.1.0.dev0"
 
+# Looked up on first use: preparing data and asking for help need no torch.
+_HOMES = {
+    "GPT": "model",
+    "GPTConfig": "config",
+    "KVCache": "model",
+    "MultiGateResidual": "residuals",
+    "available_residuals": "residuals",
+    "gate_bias_init": "residuals",
+}
 __all__ = [
     "GPT",
     "GPTConfig",
@@ -20,3 +33,15 @@ __all__ = [
     "functional",
     "gate_bias_init",
 ]
+
+
+def __getattr__(name: str):
+    if name == "functional":
+        return import_module(".functional", __name__)
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

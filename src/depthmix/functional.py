@@ -194,8 +194,16 @@ def multi_gate_replay_step(
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, statistics in fp32, dtype of ``x``."""
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        # There F.rms_norm is a chain of small operations, each of which keeps its input.
+        return eager.RMSNorm.apply(x, weight, eps)
     # Of one dtype, torch's kernels already accumulate in fp32; of two, they would promote the result.
     return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    """``max(x, 0)^2``, elementwise (So et al. 2021)."""
+    return x.relu().square() if torch.compiler.is_compiling() else eager.ReLUSquared.apply(x)
 
 
 def attention_pool(

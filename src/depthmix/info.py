@@ -9,20 +9,10 @@ import warnings
 import torch
 from torch._subclasses import FakeTensorMode
 
-from .config import GPTConfig, TrainConfig
+from .config import TrainConfig
 from .memory import saved_bytes
 from .model import GPT
 from .residuals.mgr import MultiGateResiduals
-
-
-def _build(config: GPTConfig, dtype: torch.dtype) -> GPT:
-    # Fake parameters cannot be converted after the fact.
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        return GPT(config, seed=0)
-    finally:
-        torch.set_default_dtype(before)
 
 
 def forward_flops(model: GPT) -> int:
@@ -54,7 +44,9 @@ def describe(config: TrainConfig) -> dict:
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     with FakeTensorMode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = _build(model_config, dtype)
+        model = GPT(model_config, seed=0)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
         ids = torch.zeros(batch, model_config.seq_len, dtype=torch.long)
         targets = torch.zeros_like(ids)
         with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "autocast"):

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from .config import GPTConfig
 from .errors import UserError
-from .functional import rms_norm
+from .functional import relu_squared, rms_norm
+from .ops.reference import compute_dtype
 from .residuals import build_residual
 
 
@@ -75,7 +76,6 @@ def rotary_tables(head_dim: int, length: int, theta: float) -> tuple[Tensor, Ten
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs ``(x[i], x[i + d/2])`` of ``x [..., T, d]`` by the angles of ``cos, sin [T, d/2]``."""
     first, second = x.chunk(2, -1)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
@@ -122,7 +122,7 @@ class MLP(nn.Module):
         self.proj = nn.Linear(4 * config.d_model, config.d_model, bias=False)
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.proj(self.fc(self.norm(h)).relu().square())
+        return self.proj(relu_squared(self.fc(self.norm(h))))
 
 
 class Block(nn.Module):
@@ -160,29 +160,33 @@ class GPT(nn.Module):
             for i in range(config.n_layer)
         )
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        with torch.device("cpu"):
-            cos, sin = rotary_tables(config.head_dim, config.seq_len, config.rope_theta)
-        device = self.embed.weight.device
-        self.register_buffer("rope_cos", cos.to(device), persistent=False)
-        self.register_buffer("rope_sin", sin.to(device), persistent=False)
-        if device.type != "meta":
+        for name in ("rope_cos", "rope_sin"):
+            table = torch.empty(config.seq_len, config.head_dim // 2, dtype=torch.float32)
+            self.register_buffer(name, table, persistent=False)
+        if not self.embed.weight.is_meta:
             self.init_weights(seed)
 
     @torch.no_grad()
     def init_weights(self, seed: int | None = None) -> None:
-        """nanoGPT's initialisation: normal(0, .02), projections into the trunk divided by sqrt(L);
-        norms 1; connections as their own equations say."""
+        """Fill every parameter and buffer.
+
+        nanoGPT's initialisation: matrices normal(0, .02), projections into the trunk divided by
+        sqrt(L); norms 1; connections as their own equations say.
+        """
         if seed is None:
             seed = int(torch.randint(2**31, ()).item())
         generator = torch.Generator().manual_seed(seed)
 
         def normal_(weight: Tensor, std: float) -> None:
             # Drawn on the CPU in fp32: the same numbers on every device and in every precision.
-            weight.copy_(
-                torch.empty(weight.shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
-            )
+            drawn = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
+            weight.copy_(drawn.normal_(0.0, std, generator=generator))
 
-        into_trunk = 0.02 / math.sqrt(self.config.n_sublayers)
+        config = self.config
+        tables = rotary_tables(config.head_dim, config.seq_len, config.rope_theta)
+        for buffer, table in zip((self.rope_cos, self.rope_sin), tables, strict=True):
+            buffer.copy_(table)
+        into_trunk = 0.02 / math.sqrt(config.n_sublayers)
         normal_(self.embed.weight, 0.02)
         for block in self.blocks:
             normal_(block.attn.qkv.weight, 0.02)
@@ -207,7 +211,10 @@ class GPT(nn.Module):
                 f"{end} tokens do not fit: the model was built for seq_len = {self.config.seq_len}"
                 + ("" if cache is None else f" and the cache holds {cache.capacity}")
             )
-        cos, sin = self.rope_cos[start:end], self.rope_sin[start:end]
+        dtype, device = self.embed.weight.dtype, ids.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)  # what queries and keys come in
+        cos, sin = self.rope_cos[start:end].to(dtype), self.rope_sin[start:end].to(dtype)
         h, state = self.residual.begin(self.embed(ids))
         for layer, block in enumerate(self.blocks):
             h, state = block(h, state, cos, sin, cache, layer)
@@ -218,11 +225,14 @@ class GPT(nn.Module):
     def forward(self, ids: Tensor, targets: Tensor | None = None, *, cache: KVCache | None = None):
         """``ids [B, T]`` -> ``logits [B, T, V]``; with ``targets [B, T]`` -> ``(None, loss)``.
 
-        ``loss`` is the mean cross entropy in nats over all tokens whose target is not -100, fp32.
+        ``loss`` is the mean cross entropy in nats over all tokens whose target is not -100, fp32 (fp64 for an
+        fp64 model).
         With a ``cache``, ``ids`` continue the tokens already in it. Raises ``ValueError`` when
         ``ids`` are not whole numbers or exceed ``seq_len``.
         """
         logits = F.linear(self.hidden(ids, cache), self.embed.weight)
         if targets is None:
             return logits
-        return None, F.cross_entropy(logits.float().view(-1, logits.shape[-1]), targets.reshape(-1))
+        return None, F.cross_entropy(
+            logits.to(compute_dtype(logits.dtype)).view(-1, logits.shape[-1]), targets.reshape(-1)
+        )

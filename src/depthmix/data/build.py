@@ -25,6 +25,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -103,14 +104,19 @@ def prepare(
     if out is None:
         folder = cache_folder(config) / f"{config.tokenizer.replace(':', '')}-{key[:16]}"
     else:
-        folder = _user_path(out).absolute()
+        folder = _user_path(out).resolve()
+    if os.path.ismount(folder):
+        raise UserError(f"{folder} is a mount point, which no folder can replace; name one inside it")
 
     if _is_there(folder, key):
         return folder
     with contextlib.ExitStack() as stack:
         with _refusals(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_locked(_lock_path(folder)))
+            if not stack.enter_context(_locked(_lock_path(folder), wait=False)):
+                if progress:
+                    print(f"another process is preparing {folder}, waiting for it", file=sys.stderr)
+                stack.enter_context(_locked(_lock_path(folder)))
         if not _is_there(folder, key):  # nobody made it while we waited
             _sweep(folder, everything=out is None)
             _build(config, sources, key, folder, workers or _cores(), progress, shard_tokens)
@@ -189,7 +195,16 @@ class _Seen:
     highest: float = -math.inf
 
 
-def _build(config, sources, key, folder, workers, progress, shard_tokens) -> None:
+def _build(
+    config: DataConfig,
+    sources: list[Source],
+    key: str,
+    folder: Path,
+    workers: int,
+    progress: bool,
+    shard_tokens: int,
+) -> None:
+    """Make ``folder`` under a hidden name, then give it its own; on any error remove it all."""
     building = _building_path(folder)
     threshold = config.val_fraction
     with _reporting(sources, progress) as report:
@@ -217,7 +232,15 @@ def _build(config, sources, key, folder, workers, progress, shard_tokens) -> Non
             raise
 
 
-def _write(config, sources, building, workers, threshold, shard_tokens, report) -> tuple[dict, _Seen]:
+def _write(
+    config: DataConfig,
+    sources: list[Source],
+    building: Path,
+    workers: int,
+    threshold: float,
+    shard_tokens: int,
+    report: "_Report",
+) -> tuple[dict, _Seen]:
     """One pass over the text: write the shards and say what they are."""
     size = bpe_size(config.tokenizer)
     if size is None:
@@ -356,7 +379,7 @@ def _lock_path(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, wait: bool = True) -> Iterator[bool]:
+def _locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
     """Hold the lock file ``path``; yields False if another process does and ``wait`` is false.
 
     The kernel lets go of the lock when its holder dies, however it dies. The

@@ -123,7 +123,7 @@ class Loader:
             if state.get(name) != mine:
                 raise UserError(
                     f"the saved place in the data does not fit: it has {name} {state.get(name)!r}, this "
-                    f"run {mine!r}. Resume with the data and settings of the run that was saved, or start a new one"
+                    f"run {mine!r}. Resume with the data and settings of the saved run, or start a new one"
                 )
         epoch, index = state.get("epoch"), state.get("index")
         if not (

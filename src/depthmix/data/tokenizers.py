@@ -122,7 +122,10 @@ class _MergeTokenizer(Tokenizer):
 
     def encode_array(self, text):
         # Nothing is allowed as special and nothing refused: the text is only text.
-        return self._encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
+        try:
+            return self._encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
+        except UnicodeEncodeError:
+            return self.encode_array(to_utf8(text).decode())
 
     def decode_bytes(self, ids):
         pieces = []
@@ -209,6 +212,9 @@ def train_bpe(vocab_size: int, texts: Iterable[str]) -> BPETokenizer:
     return BPETokenizer(vocab_size, [pair.split(" ") if isinstance(pair, str) else pair for pair in merges])
 
 
+_RESTORE = "restore the file it came from or prepare the data again"
+
+
 def load_tokenizer(spec: str | dict) -> Tokenizer:
     """The tokenizer for ``byte``, ``gpt2`` or what :meth:`Tokenizer.to_dict` gave.
 
@@ -216,16 +222,17 @@ def load_tokenizer(spec: str | dict) -> Tokenizer:
     nothing until ``prepare`` has trained it.
     """
     values = {"name": spec} if isinstance(spec, str) else spec
-    try:
-        name = values["name"]
-        size = bpe_size(name)
-        if size is not None and "merges" in values:
+    name = values.get("name") if isinstance(values, dict) else None
+    if not isinstance(name, str):
+        raise RunError(f"this is not a saved tokenizer: {str(values)[:80]}; {_RESTORE}")
+    size = bpe_size(name)
+    if size is not None and "merges" in values:
+        try:
             return BPETokenizer(size, values["merges"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise RunError(
-            f"this is not a saved tokenizer ({type(error).__name__}: {error}); "
-            f"restore the file it came from or prepare the data again"
-        ) from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunError(
+                f"the merges saved for tokenizer {name} are damaged ({error!r}); {_RESTORE}"
+            ) from error
     if size is not None:
         raise UserError(
             f"tokenizer {name} is trained on data: make it with `depthmix data prepare --tokenizer {name}` "

@@ -114,7 +114,8 @@ def _add_score_gradient(into: Tensor, x: Tensor, weight: Tensor, d_score, r, val
 def pool_backward(grad_h, grad_streams, streams, pool_weight, alpha, r, a, scale):
     """Gradients of the pool: ``(grad_streams + its own part [N, n, D], grad pool_weight [D] or None)``."""
     if grad_h is None:  # the read was not used
-        return grad_streams.clone(), None if pool_weight is None else torch.zeros_like(pool_weight)
+        grad = torch.zeros_like(streams) if grad_streams is None else grad_streams.clone()
+        return grad, None if pool_weight is None else torch.zeros_like(pool_weight)
     if grad_streams is None:  # the streams were only read
         grad = alpha.unsqueeze(-1) * grad_h.unsqueeze(-2)
     else:
@@ -188,8 +189,6 @@ class MultiGateStep(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_h, grad_new):
-        if grad_h is None and grad_new is None:
-            return (None,) * 9
         (
             layer_output, streams, new_streams, gate_weight, gate_bias, pool_weight, update_weight,
             beta, r, g, r_y, g_y, alpha, r_new, a,
@@ -289,3 +288,44 @@ class SourcePool(torch.autograd.Function):
                 )
                 grads.append(grad.to(sources[i].dtype))
         return d_weight.to(pool_weight.dtype), None, None, *grads
+
+
+class RMSNorm(torch.autograd.Function):
+    """``x [..., D], weight [D] -> x / sqrt(mean(x^2) + eps) * weight``; keeps ``x`` and a number per row."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        dtype = compute_dtype(x.dtype)
+        r = _reciprocal_rms(x, eps).unsqueeze(-1)
+        ctx.save_for_backward(x, weight, r)
+        return (x.to(dtype) * r).mul_(weight.to(dtype)).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight, r = ctx.saved_tensors
+        dtype = r.dtype
+        width = x.shape[-1]
+        x_c, grad_c, weight_c = x.to(dtype), grad.to(dtype), weight.to(dtype)
+        with _plain(x.device):
+            product = (x_c * grad_c).view(-1, width)
+            d_weight = torch.mv(product.t(), r.view(-1))
+            along_x = torch.mv(product, weight_c).view(r.shape) * r.pow(3) / -width
+            d_x = (grad_c * weight_c).mul_(r).addcmul_(x_c, along_x)
+        return d_x.to(x.dtype), d_weight.to(weight.dtype), None
+
+
+class ReLUSquared(torch.autograd.Function):
+    """``max(x, 0)^2``; keeps ``max(x, 0)``, which is zero where the gradient is."""
+
+    @staticmethod
+    def forward(ctx, x):
+        positive = x.relu()
+        ctx.save_for_backward(positive)
+        return positive * positive
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (positive,) = ctx.saved_tensors
+        return (grad * positive).mul_(2)

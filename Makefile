@@ -1,0 +1,28 @@
+# make demo    install into .venv and run the main job: PreNorm and two Multi-Gate Residuals on real text
+# make test    install and run all tests
+# make lint    style and common mistakes
+PYTHON ?= python3
+VENV ?= .venv
+export PYTHON
+
+.PHONY: demo test lint clean
+demo: $(VENV)/.demo
+	$(VENV)/bin/depthmix compare --recipe quick --out runs/demo --resume
+
+test: $(VENV)/.test
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/.test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+$(VENV)/.demo: pyproject.toml constraints-cpu.txt
+	scripts/install.sh $(VENV) ""
+	@touch $@
+
+$(VENV)/.test: pyproject.toml constraints-cpu.txt
+	scripts/install.sh $(VENV) test,dev
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist

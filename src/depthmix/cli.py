@@ -1,0 +1,396 @@
+"""The command line: parse, call, print.
+
+Exit statuses: 0 done; 2 the request was wrong; 1 it failed while running; 75
+stopped by a signal after saving (``--resume`` goes on); 130 stopped at once.
+"""
+
+import codecs
+import errno
+import itertools
+import json
+import os
+import shlex
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import FlagCreatePairsOff, Positional, arg
+
+from . import flags
+from .errors import EXIT_FAILED, EXIT_USAGE, Interrupted, RunError, UserError, suggest
+
+EXIT_KEYBOARD = 128 + signal.SIGINT
+
+VERBS = {
+    "train": "train one model",
+    "compare": "train the same model with several residual connections and compare them",
+    "generate": "continue a text with a trained model",
+    "data": "prepare or inspect training data (data prepare, data inspect)",
+    "info": "sizes and costs of a model without building it; --list names the residual connections",
+}
+
+HELP = f"""usage: depthmix VERB [OPTIONS]
+
+Residual connections that mix depth: train, compare and use them.
+
+{chr(10).join(f"  {verb:<10}{text}" for verb, text in VERBS.items())}
+
+  --help      this text; depthmix VERB --help shows a verb's options, units, defaults and an example
+  --version   version of depthmix
+
+examples:
+  depthmix compare --recipe quick
+  depthmix train --preset quick --residual mgr-competitive --out runs/mgr
+  depthmix generate runs/mgr --prompt "def main("
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; return its exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal without UTF-8 gets question marks, not a traceback.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        status = _dispatch(argv)
+        sys.stdout.flush()
+        return status
+    except SystemExit as request:
+        # tyro leaves with 0 after --help and 2 after a message.
+        return request.code if isinstance(request.code, int) else EXIT_USAGE
+    except (UserError, RunError, Interrupted) as error:
+        return _complain(str(error), error.exit_status)
+    except KeyboardInterrupt:
+        return _complain("stopped", EXIT_KEYBOARD)
+    except BrokenPipeError:
+        # The reader has gone (a pipe into head): nobody is left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except MemoryError:
+        return _complain("out of memory; lower --micro-batch or --seq-len", EXIT_FAILED)
+    except OSError as error:
+        return _complain(*_explain(error))
+    except RuntimeError as error:
+        if "out of memory" in str(error) or "not enough memory" in str(error):
+            return _complain(f"out of memory; lower --micro-batch or --seq-len ({error})", EXIT_FAILED)
+        raise
+
+
+def _complain(message: str, status: int) -> int:
+    print(f"depthmix: {message}", file=sys.stderr)
+    return status
+
+
+def _explain(error: OSError) -> tuple[str, int]:
+    """Message and exit status of an error of the operating system that nobody foresaw."""
+    where = f"{error.filename}: " if error.filename else ""
+    reason = error.strerror or str(error)
+    if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError)):
+        return f"{where}{reason}; check the path", EXIT_USAGE
+    if isinstance(error, PermissionError):
+        return f"{where}{reason}; choose another path or change its permissions", EXIT_USAGE
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{where}{reason}; free space and go on with --resume", EXIT_FAILED
+    return f"{where}{reason}", EXIT_FAILED
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    verb, rest = argv[0], argv[1:]
+    if verb in ("--version", "-V"):
+        from . import __version__
+
+        print(f"depthmix {__version__}")
+        return 0
+    if verb not in VERBS:
+        what = "option" if verb.startswith("-") else "verb"
+        raise UserError(suggest(verb, [*VERBS, "--help", "--version"] if what == "option" else VERBS, what))
+    return {"train": _train, "compare": _compare, "generate": _generate, "data": _data, "info": _info}[verb](
+        rest
+    )
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train one model and leave a run folder: configuration, metrics, checkpoints, curves, report.html.
+
+    Ctrl-C finishes the step, saves and leaves with status 75; --resume goes on from there.
+
+    Example: depthmix train --preset quick --residual mgr-competitive --steps 100 --out runs/mgr
+    """
+
+    training: flags.TrainFlags
+    preset: str = "quick"
+    """Named configuration to start from: quick, xs, S, M or L; the options below change single values."""
+    config: str | None = None
+    """Start from this config.json instead of a preset."""
+    out: str | None = None
+    """Run folder. Default: runs/PRESET-RESIDUAL-sSEED."""
+    resume: FlagCreatePairsOff[bool] = False
+    """Go on from the newest checkpoint of the run folder, with the configuration saved there."""
+    quiet: FlagCreatePairsOff[bool] = False
+    """Print nothing but warnings and errors."""
+
+
+def _train(argv: list[str]) -> int:
+    from .presets import preset
+
+    named, file, out = (flags.given(argv, flag) for flag in ("--preset", "--config", "--out"))
+    if named is not None and file is not None:
+        raise UserError(f"--preset {named} and --config {file} are two starting points; give one of them")
+    saved = Path(out, "config.json") if out is not None and "--resume" in argv else None
+    if file is None and named is None and saved is not None and saved.exists():
+        file = saved
+    base = flags.load_config(file) if file is not None else preset(named or "quick")
+    args = flags.parse(Train, argv, "train", Train(training=flags.to_flags(base)))
+    config = flags.to_config(args.training)
+    run_dir = Path(args.out or f"runs/{args.preset}-{config.model.residual}-s{config.seed}")
+
+    from .train import train
+
+    try:
+        result = train(config, run_dir, resume=args.resume, quiet=args.quiet)
+    except Interrupted as stop:
+        again = f"depthmix train --out {shlex.quote(str(run_dir))} --resume"
+        raise Interrupted(f"{stop}\ngo on with: {again}") from stop
+    if not args.quiet:
+        print(
+            f"validation loss {result['val_loss']:.4f} nats (best {result['best_val_loss']:.4f} at step "
+            f"{result['best_step']}), {result['tokens_per_s']:,.0f} tokens/s\nreport: {run_dir / 'report.html'}"
+        )
+    return 0
+
+
+def _compare(argv: list[str]) -> int:
+    from .compare import main
+
+    return main(argv)
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Continue a text with a trained model, printed as it comes.
+
+    Example: depthmix generate runs/mgr --prompt "def main(" --tokens 100 --temperature 0.7 --seed 1
+    """
+
+    run: Annotated[Positional[str], arg(metavar="RUN")]
+    """Run folder (its best checkpoint is taken), or one checkpoint folder in it."""
+    prompt: str = ""
+    """Text to continue; - reads it from standard input. Empty: the start of a document."""
+    tokens: int | None = None
+    """New tokens at most; the end of the document ends it sooner. Default: 200, or fewer if no more fit."""
+    temperature: float = 0.8
+    """Divides the logits: 0 always takes the likeliest token, 1 samples from the model's distribution."""
+    top_k: int | None = None
+    """Sample from this many likeliest tokens only. Default: all."""
+    top_p: float | None = None
+    """Sample from the likeliest tokens whose probabilities sum to this, above 0 to 1. Default: all."""
+    seed: int | None = None
+    """Seed of the sampling; the same seed gives the same text. Default: a fresh one."""
+    truncate: FlagCreatePairsOff[bool] = False
+    """Where the text outgrows the model's context, forget its beginning instead of refusing."""
+    device: str = "auto"
+    """cpu, cuda, cuda:N; auto is cuda when there is one."""
+
+
+DEFAULT_NEW_TOKENS = 200
+
+
+def _generate(argv: list[str]) -> int:
+    args = flags.parse(Generate, argv, "generate")
+    if args.tokens is not None and args.tokens < 1:
+        raise UserError(f"--tokens must be at least 1, got {args.tokens}")
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+
+    from .checkpoint import load_model
+
+    model, _ = load_model(args.run, _device(args.device))
+    tokenizer = _tokenizer_of(Path(args.run))
+    ids = tokenizer.encode(prompt)
+    stream = _new_tokens(model, tokenizer, ids or [tokenizer.end_token], args)
+    # What is wrong with the request shows at the first token, before anything is printed.
+    tokens = [*itertools.islice(stream, 1)]
+    print(prompt, end="", flush=True)
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for token in itertools.chain(tokens, stream):
+        # A character may come in several tokens: the decoder holds back what is not whole yet.
+        print(decoder.decode(_bytes_of(tokenizer, token)), end="", flush=True)
+    print(decoder.decode(b"", final=True))
+    return 0
+
+
+def _device(name: str) -> str:
+    """``name`` with auto decided; ``UserError`` when there is no such device here."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+        raise UserError(suggest(name, ("auto", "cpu", "cuda", "cuda:N"), "device"))
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"device {name} is not here: torch finds {torch.cuda.device_count()}; use --device cpu"
+        )
+    return name
+
+
+def _new_tokens(model, tokenizer, ids: list[int], args: Generate):
+    """Yield new token ids one by one. With ``--truncate`` a full context is cut to its newest half."""
+    import torch
+
+    from .generation import generate
+
+    context = model.config.seq_len
+    left = args.tokens or DEFAULT_NEW_TOKENS
+    if not args.truncate:
+        # The last new token is not read again, hence the one.
+        room = context + 1 - len(ids)
+        if room < 1 or (args.tokens is not None and args.tokens > room):
+            raise UserError(
+                f"a prompt of {len(ids)} tokens and {left if args.tokens else 1} new ones do not fit the model's "
+                f"context of {context}; shorten one of them, or --truncate forgets the beginning"
+            )
+        left = min(left, room)
+    seed = args.seed
+    while left > 0:
+        if len(ids) + left > context + 1:
+            ids = ids[-max(context // 2, context + 1 - left) :]
+        count = min(left, context + 1 - len(ids))
+        steps = generate(
+            model, torch.tensor([ids]), count, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+            seed=seed, end_token=tokenizer.end_token, vocab_size=tokenizer.vocab_size,
+        )  # fmt: skip
+        for step in steps:
+            token = int(step[0])
+            if token == tokenizer.end_token:
+                return
+            yield token
+            ids = [*ids, token]
+        left -= count
+        seed = None if seed is None else seed + 1
+
+
+def _bytes_of(tokenizer, token: int) -> bytes:
+    try:
+        return tokenizer.decode_bytes([token])
+    except UserError:
+        # A row of the embedding that no text ever used.
+        return "\ufffd".encode()
+
+
+def _tokenizer_of(path: Path):
+    """The tokenizer saved in the run folder that ``path`` is or lies in."""
+    from .data import load_tokenizer
+    from .report.records import read_json
+
+    for folder in (path, *path.resolve().parents[:2]):
+        values = read_json(folder / "tokenizer.json")
+        if values is not None:
+            return load_tokenizer(values)
+    raise UserError(f"{path} has no tokenizer.json beside it; give a run folder made by depthmix train")
+
+
+def _data(argv: list[str]) -> int:
+    from .data.commands import Inspect, Prepare
+
+    commands = {"prepare": Prepare, "inspect": Inspect}
+    if not argv or argv[0] in ("-h", "--help"):
+        print(DATA_HELP, end="")
+        return 0
+    if argv[0] not in commands:
+        raise UserError(suggest(argv[0], commands, "verb of data"))
+    return flags.parse(commands[argv[0]], argv[1:], f"data {argv[0]}").run()
+
+
+DATA_HELP = """usage: depthmix data VERB [OPTIONS]
+
+  prepare   turn text files into memory-mapped shards of token ids
+  inspect   what a prepared folder holds
+
+depthmix data VERB --help shows a verb's options, units, defaults and an example.
+
+examples:
+  depthmix data prepare texts/ --tokenizer gpt2 --out shards/
+  depthmix data inspect shards/
+"""
+
+
+@dataclass(frozen=True)
+class Info:
+    """Sizes and costs of a model, worked out without building it on a device.
+
+    Parameters, floating-point operations (FLOPs) per token, activation bytes per token, and the
+    initial bias and value of the gates (Eq. 14).
+
+    Example: depthmix info --preset M --residual mgr-competitive --n-streams 8
+    """
+
+    training: flags.TrainFlags
+    preset: str = "quick"
+    """Named configuration to start from: quick, xs, S, M or L; the options below change single values."""
+    config: str | None = None
+    """Start from this config.json instead of a preset."""
+    list: FlagCreatePairsOff[bool] = False
+    """Name the residual connections and presets instead."""
+    json: FlagCreatePairsOff[bool] = False
+    """Print JSON."""
+
+
+def _info(argv: list[str]) -> int:
+    from .presets import preset
+
+    file = flags.given(argv, "--config")
+    base = flags.load_config(file) if file is not None else preset(flags.given(argv, "--preset") or "quick")
+    args = flags.parse(Info, argv, "info", Info(training=flags.to_flags(base)))
+    if args.list:
+        return _list(args.json)
+
+    from .info import describe
+
+    values = describe(flags.to_config(args.training))
+    if args.json:
+        print(json.dumps(values, indent=2))
+    else:
+        _print_values(values)
+    return 0
+
+
+def _list(as_json: bool) -> int:
+    from .presets import PRESETS
+    from .residuals import residual_summaries
+
+    summaries = residual_summaries()
+    if as_json:
+        print(json.dumps({"residuals": summaries, "presets": [*PRESETS]}, indent=2))
+        return 0
+    width = max(map(len, summaries))
+    print("residual connections (--residual)")
+    for name, summary in summaries.items():
+        print(f"  {name:<{width}}  {summary}")
+    print(f"presets (--preset)\n  {', '.join(PRESETS)}")
+    return 0
+
+
+def _print_values(values: dict, indent: str = "") -> None:
+    """``name  value`` lines; nested dictionaries are indented below their name."""
+    width = max((len(key) for key in values), default=0)
+    for key, value in values.items():
+        label = key.replace("_", " ")
+        if isinstance(value, dict):
+            print(f"{indent}{label}")
+            _print_values(value, indent + "  ")
+        else:
+            print(f"{indent}{label:<{width}}  {_readable(value)}")
+
+
+def _readable(value) -> str:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.{4 if abs(value) < 1000 else 0}f}"

@@ -1,0 +1,54 @@
+"""Counts from fake tensors equal those of real models."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from depthmix import GPT
+from depthmix.info import describe
+from depthmix.memory import saved_bytes
+from depthmix.presets import PRESETS, preset
+
+
+def quick(residual, **changes):
+    base = PRESETS["quick"]
+    return dataclasses.replace(
+        base, model=dataclasses.replace(base.model, n_layer=4, residual=residual), **changes
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "autocast", "bf16"])
+@pytest.mark.parametrize("residual", ["prenorm", "mgr-competitive"])
+def test_description_equals_a_real_model(residual, precision):
+    config = quick(residual, precision=precision)
+    counts = describe(config)
+    model = GPT(config.model, seed=0)
+    if precision == "bf16":
+        for p in model.parameters():
+            p.data = p.data.bfloat16()
+    assert counts["parameters"]["total"] == sum(p.numel() for p in model.parameters())
+    assert sum(v for k, v in counts["parameters"].items() if k != "total") == counts["parameters"]["total"]
+    ids, targets = torch.randint(0, 256, (2, 128)), torch.randint(0, 256, (2, 128))
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        real = saved_bytes(model, ids, targets)
+    assert counts["activation_bytes_per_token"] == real / 256
+
+
+def test_flops_of_a_block_by_hand():
+    config = quick("prenorm")
+    width, tokens, vocab = 64, 128, config.model.vocab_size
+    attention = 2 * 3 * width * width + 2 * width * width + 2 * 2 * tokens * width
+    mlp = 2 * 2 * width * 4 * width
+    assert describe(config)["flops_per_token"]["forward"] == 4 * (attention + mlp) + 2 * width * vocab
+
+
+def test_gate_summary_is_in_the_description():
+    gate = describe(quick("mgr-competitive"))["gate"]
+    assert gate["ramp"] == 3 and gate["lerp"] == 5 and gate["n_streams"] == 4
+    assert "gate" not in describe(quick("prenorm"))
+
+
+def test_unknown_preset_names_the_nearest():
+    with pytest.raises(ValueError, match="Did you mean 'quick'"):
+        preset("quik")
