@@ -11,6 +11,15 @@ TRIPLE = (3.4445, -4.7750, 2.0315)  # torch.optim.Muon's default
 SHAPES = [(16, 16), (48, 16), (16, 48), (16, 16), (8, 1), (1, 8)]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny tensors only wait for a second thread on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def matrices_model(shapes=SHAPES, dtype=torch.float32, seed=0) -> nn.Module:
     """A model whose only parameters are trunk matrices of the given shapes."""
     generator = torch.Generator().manual_seed(seed)

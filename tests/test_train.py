@@ -48,7 +48,7 @@ def text(tmp_path_factory) -> DataConfig:
     return DataConfig(data=(str(folder),), val_fraction=0.2, cache_dir=str(tmp_path_factory.mktemp("cache")))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def config(text) -> TrainConfig:
     return TrainConfig(
         model=GPTConfig(vocab_size=64, n_layer=2, d_model=16, n_head=2, seq_len=16, n_streams=2),
@@ -110,6 +110,60 @@ def assert_same_run(one: Path, other: Path) -> None:
     for run in (one, other):
         steps = [line["step"] for line in lines(run, "timing.jsonl")]
         assert steps == list(range(1, len(steps) + 1))
+
+
+class Forker:
+    """Starts runs in processes of their own, from a warm one (see faults/forker.py)."""
+
+    def __init__(self):
+        source = str(Path(train_module.__file__).parents[1])
+        self.process = subprocess.Popen(
+            [sys.executable, Path(__file__).parent / "faults" / "forker.py"],
+            env={**os.environ, "PYTHONPATH": source},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def _ask(self, command: dict) -> int:
+        self.process.stdin.write(json.dumps(command) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def start(self, config: TrainConfig, run_dir: Path, *, resume: bool = False, file_limit=None) -> int:
+        values = {
+            "config": config.to_dict(),
+            "run_dir": str(run_dir),
+            "resume": resume,
+            "file_limit": file_limit,
+        }
+        return self._ask({"start": values})
+
+    def wait(self, pid: int) -> int:
+        return self._ask({"wait": pid})
+
+    def run(self, *args, **kwargs) -> int:
+        return self.wait(self.start(*args, **kwargs))
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def forker():
+    forker = Forker()
+    yield forker
+    forker.close()
+
+
+@pytest.fixture(scope="module")
+def whole(forker, config, tmp_path_factory) -> Path:
+    """The run of ``config`` that was never stopped, from a process of its own."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    assert forker.run(config, run) == 0
+    return run
 
 
 # --- what a run is --------------------------------------------------------------------------------
@@ -279,9 +333,8 @@ def test_17_steps_and_23_are_40(config, tmp_path, monkeypatch, precision, micro_
     assert {key: result[key] for key in same} == {key: whole[key] for key in same}
 
 
-def test_a_signal_during_evaluation(config, tmp_path, monkeypatch):
+def test_a_signal_during_evaluation(config, whole, tmp_path, monkeypatch):
     """The evaluation is given up and done again at resume; also the one after the last step."""
-    train(config, tmp_path / "whole", quiet=True)
 
     def signalling(*args):
         for number, batch in enumerate(eval_batches(*args)):
@@ -305,7 +358,7 @@ def test_a_signal_during_evaluation(config, tmp_path, monkeypatch):
         with pytest.raises(Interrupted):
             train(config, run, resume=True, quiet=True)
     train(config, run, resume=True, quiet=True)
-    assert_same_run(tmp_path / "whole", run)
+    assert_same_run(whole, run)
 
 
 def test_a_signal_in_the_last_step(config, tmp_path, monkeypatch):
@@ -348,6 +401,20 @@ def test_signal_handlers_are_put_back(config, tmp_path, monkeypatch):
         signal.signal(signal.SIGTERM, old)
 
 
+def test_a_terminal_that_hangs_up(config, tmp_path, monkeypatch):
+    """SIGHUP saves too, unless nohup has had it ignored."""
+    config = changed(config, steps=6)
+    signal_at_batch(monkeypatch, 3, signal.SIGHUP)
+    with pytest.raises(Interrupted, match="SIGHUP after step 3"):
+        train(config, tmp_path / "run", quiet=True)
+    signal_at_batch(monkeypatch, 3, signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert train(config, tmp_path / "nohup", quiet=True)["steps"] == 6
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_second_signal_changes_nothing(config, tmp_path, monkeypatch):
     signal_at_batch(monkeypatch, 3, signal.SIGINT)
     real = train_module.save_checkpoint
@@ -373,52 +440,6 @@ def test_training_outside_the_main_thread(config, tmp_path):
 
 
 # --- real deaths ----------------------------------------------------------------------------------
-
-
-class Forker:
-    """Starts runs in processes of their own, from a warm one (see faults/forker.py)."""
-
-    def __init__(self):
-        source = str(Path(train_module.__file__).parents[1])
-        self.process = subprocess.Popen(
-            [sys.executable, Path(__file__).parent / "faults" / "forker.py"],
-            env={**os.environ, "PYTHONPATH": source},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def _ask(self, command: dict) -> int:
-        self.process.stdin.write(json.dumps(command) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def start(self, config: TrainConfig, run_dir: Path, *, resume: bool = False, file_limit=None) -> int:
-        values = {
-            "config": config.to_dict(),
-            "run_dir": str(run_dir),
-            "resume": resume,
-            "file_limit": file_limit,
-        }
-        return self._ask({"start": values})
-
-    def wait(self, pid: int) -> int:
-        return self._ask({"wait": pid})
-
-    def run(self, *args, **kwargs) -> int:
-        return self.wait(self.start(*args, **kwargs))
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
-
-
-@pytest.fixture(scope="module")
-def forker():
-    forker = Forker()
-    yield forker
-    forker.close()
 
 
 def kill_storm(forker, config, tmp_path, which, deaths, statuses) -> list[bool]:
@@ -469,18 +490,17 @@ def test_killed_at_random_moments(forker, config, tmp_path):
 @pytest.mark.slow
 def test_terminated_at_random_moments(forker, config, tmp_path):
     """A signal that comes before training proper has begun ends the process as it would any other."""
-    kill_storm(forker, config, tmp_path, signal.SIGTERM, 10, [75, -signal.SIGTERM])
+    kill_storm(forker, config, tmp_path, signal.SIGTERM, 8, [75, -signal.SIGTERM])
 
 
 @pytest.mark.parametrize(
     ("limit", "file"),
     [(1500, "tensorboard/events.out.tfevents."), (12_000, "checkpoints/step-00000010"), (300, "config.json")],
 )
-def test_no_room(forker, config, tmp_path, limit, file):
+def test_no_room(forker, config, whole, tmp_path, limit, file):
     """The kernel lets no file grow past ``limit`` bytes, as a full disk does. With room again, the run
     goes on, and nothing is missing or twice."""
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    assert forker.run(config, whole) == 0
+    run = tmp_path / "run"
     assert forker.run(config, run, file_limit=limit) == 1
     message = Path(f"{run}.message").read_text()
     assert message.startswith("RunError: ") and str(run / file) in message and "File too large" in message
@@ -488,9 +508,8 @@ def test_no_room(forker, config, tmp_path, limit, file):
     assert_same_run(whole, run)
 
 
-def test_no_room_for_metrics_after_a_checkpoint(forker, config, tmp_path, monkeypatch):
+def test_no_room_for_metrics_after_a_checkpoint(forker, config, whole, tmp_path, monkeypatch):
     """What was saved before the disk filled up is named, stays, and is where the run goes on."""
-    train(config, tmp_path / "whole", quiet=True)
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         signal_at_batch(patch, 20)
@@ -503,7 +522,7 @@ def test_no_room_for_metrics_after_a_checkpoint(forker, config, tmp_path, monkey
     assert f"{run / 'metrics.jsonl'}: File too large. The last checkpoint is " in message
     assert "step-00000020; once that is mended, go on with --resume" in message
     assert forker.run(config, run, resume=True) == 0
-    assert (run / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
 
 
 # --- refusals -------------------------------------------------------------------------------------
@@ -581,8 +600,7 @@ def test_two_processes_on_one_folder(forker, config, tmp_path):
     assert (run / "lock").read_text() == f"{pid}\n"
 
 
-def test_a_damaged_checkpoint_at_resume(config, tmp_path, monkeypatch):
-    train(config, tmp_path / "whole", quiet=True)
+def test_a_damaged_checkpoint_at_resume(config, whole, tmp_path, monkeypatch):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         signal_at_batch(patch, 17)
@@ -594,7 +612,14 @@ def test_a_damaged_checkpoint_at_resume(config, tmp_path, monkeypatch):
         train(config, run, resume=True, quiet=True)
     shutil.rmtree(damaged)  # as the message says
     train(config, run, resume=True, quiet=True)
-    assert_same_run(tmp_path / "whole", run)
+    assert_same_run(whole, run)
+
+
+def test_a_damaged_config_at_resume(config, tmp_path):
+    train(changed(config, steps=1), tmp_path / "run", quiet=True)
+    (tmp_path / "run" / "config.json").write_bytes(b'{"model": \xff')
+    with pytest.raises(RunError, match=r"config\.json is damaged .*restore it from a copy"):
+        train(config, tmp_path / "run", resume=True, quiet=True)
 
 
 def test_metrics_that_were_lost(config, tmp_path, monkeypatch):

@@ -194,7 +194,7 @@ class TrainConfig:
     eval_tokens: int = 1_048_576
     """Validation tokens per evaluation (the first so many, always the same ones)."""
     checkpoint_interval: int = 1000
-    """Optimiser steps between checkpoints; the last step is always saved. 0: only the last."""
+    """Optimiser steps between checkpoints; the last step and every new best are always saved. 0: only those."""
     keep_last: int = 2
     """Newest checkpoints kept, besides the best one."""
     seed: int = 0

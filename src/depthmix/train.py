@@ -65,8 +65,8 @@ def train(config: TrainConfig, run_dir: Path, *, resume: bool = False, quiet: bo
 
     Raises ``UserError`` for a folder in use or not empty, a configuration that differs from the one
     being resumed, a device or data that do not exist; ``RunError`` when the loss is not finite, a
-    file cannot be written or a checkpoint is damaged; ``Interrupted`` after SIGINT or SIGTERM, once
-    the step in progress is done and saved.
+    file cannot be written or a checkpoint is damaged; ``Interrupted`` after SIGINT, SIGTERM or SIGHUP,
+    once the step in progress is done and saved.
     """
     began = time.monotonic()
     run_dir = Path(run_dir)
@@ -79,13 +79,16 @@ def train(config: TrainConfig, run_dir: Path, *, resume: bool = False, quiet: bo
         if resume:
             _check_same_config(config, run_dir / "config.json")
             if (run_dir / "result.json").exists():
-                return json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
+                if not (run_dir / "report.html").exists():
+                    _report(run_dir)
+                return _read_json(run_dir / "result.json")
         saved = _latest(run_dir) if resume else None
         write_json(run_dir / "config.json", config.to_dict())
         write_json(run_dir / "tokenizer.json", dataset.tokenizer.to_dict())
         write_json(run_dir / "environment.json", _environment(device))
         with _errors_named(run_dir):
             run = _Run(config, run_dir, dataset, device, saved, quiet, began)
+            del saved  # its tensors are in the model by now: a second copy is not to be held all along
             with run.logs, run.display, _StopSignals(quiet) as stop:
                 _loop(run, stop)
             result = _finish(run)
@@ -660,12 +663,7 @@ def _check_same_config(config: TrainConfig, path: Path) -> None:
     """Refuse to go on with another configuration than the saved one, naming each difference."""
     if not path.exists():
         return
-    try:
-        saved = _flat(from_dict(json.loads(path.read_text(encoding="utf-8"))))
-    except json.JSONDecodeError as error:
-        raise RunError(
-            f"{path} is damaged ({error}); every checkpoint's state.json has a copy of it"
-        ) from error
+    saved = _flat(from_dict(_read_json(path)))
     asked = _flat(config)
     differences = [
         f"{key}: {saved[key]!r} there, {asked[key]!r} asked for"
@@ -677,6 +675,13 @@ def _check_same_config(config: TrainConfig, path: Path) -> None:
             f"{path} was started with another configuration. {'; '.join(differences)}. "
             f"Resume with the saved values, or start a new run with --out"
         )
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path} is damaged ({error}); restore it from a copy, or start a new run") from error
 
 
 def _latest(run_dir: Path) -> Checkpoint | None:
@@ -691,9 +696,7 @@ def _environment(device: torch.device) -> dict[str, str]:
         **versions(),
         "platform": platform.platform(),
         "device": str(device),
-        "device_name": torch.cuda.get_device_name(device)
-        if cuda
-        else platform.processor() or platform.machine(),
+        "device_name": torch.cuda.get_device_name(device) if cuda else platform.machine(),
         "cuda": str(torch.version.cuda) if cuda else "none",
         "threads": str(torch.get_num_threads()),
     }
@@ -716,10 +719,10 @@ def _peak_resident_bytes() -> int:
 
 
 class _StopSignals:
-    """Turns SIGINT and SIGTERM into a request that the loop sees after the step.
+    """Turns SIGINT, SIGTERM and SIGHUP into a request that the loop sees after the step.
 
     Further signals change nothing: the save that follows is not interrupted. Outside of the main
-    thread Python delivers no signals, and none are taken over.
+    thread Python delivers no signals, and none are taken over; neither is a SIGHUP that nohup ignores.
     """
 
     def __init__(self, quiet: bool):
@@ -729,16 +732,18 @@ class _StopSignals:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._receive)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._receive)
         return self
 
     def _receive(self, number, frame) -> None:
         if self.received is None:
             self.received = signal.Signals(number)
             if not self.quiet:
-                # Not print(): the handler may have interrupted one.
-                os.write(2, b"\nstopping after this step and a checkpoint\n")
+                # Not print(): the handler may have interrupted one. A terminal that hung up is gone.
+                with contextlib.suppress(OSError):
+                    os.write(2, b"\nstopping after this step and a checkpoint\n")
 
     def __exit__(self, *_):
         for number, handler in self._before.items():
