@@ -36,6 +36,14 @@ CONFIG = TrainConfig(model=GPTConfig(vocab_size=32, n_layer=2, d_model=8, n_head
 FILES = ["model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json", "manifest.json"]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def trained(dtype=torch.float32, steps=2, seed=0):
     """A model and an optimiser whose every tensor differs from its initial value."""
     model = GPT(CONFIG.model, seed=seed)

@@ -20,7 +20,9 @@ import json
 import math
 import os
 import platform
+import random
 import signal
+import socket
 import statistics
 import sys
 import threading
@@ -28,6 +30,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -174,7 +177,8 @@ class _Run:
         self.began = began
         self.val = dataset.val
         self.data = {"train": dataset.train.fingerprint, "val": dataset.val.fingerprint}
-        torch.manual_seed(config.seed)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         self.model = build_model(config, device)
         self.forward = torch.compile(self.model) if config.compile else self.model
         self.optimizer: MuonAdamW = build_optimizer(self.model, config.optim)
@@ -188,27 +192,35 @@ class _Run:
         self.latest: Path | None = None
         self.seconds_before = 0.0
         self.peak_before = 0
-        offsets = {"metrics": 0, "timing": 0}
-        if saved is not None:
-            state = saved.state
+        state = None if saved is None else saved.state
+        if state is not None:
             if state["data"] != self.data:
                 raise UserError(
                     f"the data are not those that {saved.folder} was trained on: "
                     f"fingerprints {self.data}, there {state['data']}; start a new run"
                 )
-            restore(saved, self.model, self.optimizer)
             self.loader.load_state_dict(state["loader"])
             self.step, self.evaluated, self.best = state["step"], state["evaluated"], state["best"]
             self.seconds_before, self.peak_before = state["seconds"], state["peak_memory_bytes"]
             self.latest = saved.folder
-            offsets = state["offsets"]
             # A process that died between these writes left them one checkpoint behind.
             record_best(self.checkpoints, self.best)
             prune_checkpoints(self.checkpoints, config.keep_last)
         self.display = _Display(self, quiet)
-        if saved is not None and (changed := _changes(state["environment"], _environment(device))):
-            self.display.note(f"this machine is not as at the checkpoint, so bits may differ: {changed}")
-        self.logs = _Logs(run_dir, config, self.step, offsets)
+        self.logs = _Logs(
+            run_dir, config, self.step, state["offsets"] if state else {"metrics": 0, "timing": 0}
+        )
+
+        # Last, as importing some libraries draws numbers. Nothing in training does; what somebody
+        # adds one day shall repeat too.
+        if saved is None:
+            random.seed(config.seed)
+            np.random.seed(config.seed % 2**32)
+            torch.manual_seed(config.seed)
+        else:
+            restore(saved, self.model, self.optimizer)
+            if changed := _changes(state["environment"], _environment(device)):
+                self.display.note(f"this machine is not as at the checkpoint, so bits may differ: {changed}")
 
     @property
     def checkpoints(self) -> Path:
@@ -346,13 +358,15 @@ def _report(run_dir: Path) -> None:
 # --- logs -----------------------------------------------------------------------------------------
 
 
-class _Lines:
-    """A .jsonl file that can be cut back: append objects, know the length, put it on the disk."""
+class _Appended:
+    """A file that grows at the end, can be cut back, and names itself when it cannot be written.
 
-    def __init__(self, path: Path, keep: int):
+    Unbuffered: what was written is in the file, and nothing waits for a close that would fail again
+    on a full disk.
+    """
+
+    def __init__(self, path: Path, keep: int = 0):
         self.path = path
-        # Unbuffered: a line is in the file when write() returns, and nothing waits for a close that
-        # would fail a second time on a full disk.
         self.file = open(path, "ab", buffering=0)
         length = self.file.seek(0, os.SEEK_END)
         if length < keep:
@@ -364,64 +378,92 @@ class _Lines:
         self.file.truncate(keep)
         self.length = keep
 
-    def append(self, value: dict) -> None:
-        line = memoryview((json.dumps(value, allow_nan=False) + "\n").encode())
+    def write(self, data: bytes) -> None:
+        rest = memoryview(data)
         try:
-            while line:
-                written = self.file.write(line)
+            while rest:
+                written = self.file.write(rest)
                 self.length += written
-                line = line[written:]
+                rest = rest[written:]
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
 
+    def line(self, value: dict) -> None:
+        self.write((json.dumps(value, allow_nan=False) + "\n").encode())
+
     def sync(self) -> int:
+        """Put it on the disk; its length in bytes."""
         os.fsync(self.file.fileno())
         return self.length
+
+
+class _TensorBoard:
+    """Scalars as TensorBoard events, one file a process.
+
+    Not torch's SummaryWriter: that writes from a thread of its own, in which a full disk ends in a
+    traceback instead of a message.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        # Heavy to import, so only once training is certain.
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        folder.mkdir(exist_ok=True)
+        # Files are read in the order of their names.
+        number = len(list(folder.iterdir()))
+        name = f"events.out.tfevents.{int(time.time()):010}.{socket.gethostname()}.{os.getpid()}.{number}"
+        self.file = _Appended(folder / name)
+        self._records = RecordWriter(self.file)
+        self._write(file_version="brain.Event:2")
+        # What an earlier process logged of later steps will be repeated: readers drop it.
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._write(step=step + 1, session_log=start)
+
+    def _write(self, **fields) -> None:
+        self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        entries = [self._summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        self._write(step=step, summary=self._summary(value=entries))
 
 
 class _Logs:
     """metrics.jsonl, timing.jsonl, TensorBoard and, on request, Weights & Biases."""
 
     def __init__(self, run_dir: Path, config: TrainConfig, step: int, offsets: dict[str, int]):
-        self._metrics = _Lines(run_dir / "metrics.jsonl", offsets["metrics"])
-        self._timing = _Lines(run_dir / "timing.jsonl", offsets["timing"])
-        # Heavy to import, so only once training is certain.
-        from torch.utils.tensorboard import SummaryWriter
-
-        # Events of steps that are about to be repeated are told to vanish.
-        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+        self._metrics = _Appended(run_dir / "metrics.jsonl", offsets["metrics"])
+        self._timing = _Appended(run_dir / "timing.jsonl", offsets["timing"])
+        self._tensorboard = _TensorBoard(run_dir / "tensorboard", step)
         self._wandb = _wandb_run(run_dir, config)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self._metrics.file.close()
-        self._timing.file.close()
-        self._tensorboard.close()
+        for appended in (self._metrics, self._timing, self._tensorboard.file):
+            appended.file.close()
         if self._wandb is not None:
             self._wandb.finish()
 
     def metrics(self, line: dict) -> None:
-        self._metrics.append(line)
-        split, step = line["split"], line["step"]
-        self._show(
-            {f"{split}/{key}": line[key] for key in line if key not in ("split", "step", "tokens")}, step
-        )
+        self._metrics.line(line)
+        split = line["split"]
+        values = {key: line[key] for key in line if key not in ("split", "step", "tokens")}
+        self._show({f"{split}/{key}": value for key, value in values.items()}, line["step"])
 
     def timing(self, line: dict) -> None:
-        self._timing.append(line)
+        self._timing.line(line)
         self._show({"train/tokens_per_s": line["tokens_per_s"]}, line["step"])
 
     def _show(self, values: dict[str, float], step: int) -> None:
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
+        self._tensorboard.scalars(values, step)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
     def sync(self) -> dict[str, int]:
         """Put every line on the disk; the lengths of the files in bytes."""
-        self._tensorboard.flush()
         return {"metrics": self._metrics.sync(), "timing": self._timing.sync()}
 
 
@@ -460,6 +502,8 @@ class _Display:
         self.run, self.quiet = run, quiet
         self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
         self.first_step, self.began, self.printed = run.step, time.monotonic(), 0.0
+        self.loss: float | None = None
+        self.tokens_per_s = 0.0
         self.val_loss: float | None = None
         self.live = None
         if self.console.is_terminal and not quiet:
@@ -488,27 +532,38 @@ class _Display:
             self.console.print(text, markup=False)
 
     def step(self, loss: float, tokens_per_s: float) -> None:
+        self.loss, self.tokens_per_s = loss, tokens_per_s
         if self.live:
-            self.live.update(self.task, completed=self.run.step, description=self._line(loss, tokens_per_s))
+            self._update()
         elif not self.quiet and time.monotonic() - self.printed >= self.SECONDS_BETWEEN_LINES:
-            self.note(self._line(loss, tokens_per_s))
+            self.note(self._line())
             self.printed = time.monotonic()
 
     def validation(self, loss: float) -> None:
         self.val_loss = loss
-        if not self.live:
+        if self.live:
+            self._update()
+        else:
             self.note(f"step {self.run.step:,}/{self.run.config.steps:,}  validation loss {loss:.4f}")
 
-    def _line(self, loss: float, tokens_per_s: float) -> str:
-        done = self.run.step - self.first_step
-        left = (time.monotonic() - self.began) / done * (self.run.config.steps - self.run.step)
-        minutes, seconds = divmod(int(left), 60)
-        hours, minutes = divmod(minutes, 60)
-        val = "" if self.val_loss is None else f"  val {self.val_loss:.4f}"
-        return (
-            f"step {self.run.step:,}/{self.run.config.steps:,}  loss {loss:.4f}{val}  "
-            f"{tokens_per_s:,.0f} tokens/s  {hours}:{minutes:02}:{seconds:02} left"
-        )
+    def _update(self) -> None:
+        self.live.update(self.task, completed=self.run.step, description=self._line())
+
+    def _line(self) -> str:
+        done, of = self.run.step, self.run.config.steps
+        parts = [f"step {done:,}/{of:,}"]
+        if self.loss is not None:
+            parts.append(f"loss {self.loss:.4f}")
+        if self.val_loss is not None:
+            parts.append(f"val {self.val_loss:.4f}")
+        if self.loss is not None:
+            pace = (time.monotonic() - self.began) / (done - self.first_step)
+            minutes, seconds = divmod(int(pace * (of - done)), 60)
+            parts += [
+                f"{self.tokens_per_s:,.0f} tokens/s",
+                f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left",
+            ]
+        return "  ".join(parts)
 
 
 # --- before the loop ------------------------------------------------------------------------------
