@@ -62,9 +62,8 @@ def test_replay_function_recomputes_the_forward():
     anchor = torch.randn(5, 3, 8)
     steps = [(torch.randn(5, 8), torch.rand(5, 3)) for _ in range(4)]
     streams = replay(anchor, *(x for step in steps for x in step))
-    assert torch.equal(streams[0], anchor)
     s = anchor.double()
-    for j, (y, beta) in enumerate(steps, 1):
+    for j, (y, beta) in enumerate(steps):
         s = s + beta.double().unsqueeze(-1) * (y.double().unsqueeze(1) - s)
         torch.testing.assert_close(streams[j].double(), s, rtol=1e-6, atol=1e-6)
 

@@ -78,14 +78,19 @@ def gate_forward(layer_output, streams, gate_weight, gate_bias, gate, update_wei
     return beta, r, g, r_y, g_y
 
 
-def lerp(layer_output: Tensor, streams: Tensor, beta: Tensor, dtype: torch.dtype) -> Tensor:
-    """``(1 - beta) s + beta y`` in the compute dtype, rounded to ``dtype``.
+def lerp(
+    layer_output: Tensor, streams: Tensor, beta: Tensor, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """``(1 - beta) s + beta y`` in the compute dtype, rounded to ``dtype``; into ``out`` if given.
 
     The one place where streams are advanced: replay repeats this call and gets the same bits.
     """
     beta = beta.unsqueeze(-1)
-    new = streams * (1 - beta)
-    return new.addcmul_(beta, layer_output.unsqueeze(-2)).to(dtype)
+    target = out if out is not None and out.dtype == streams.dtype else None
+    new = torch.mul(streams, 1 - beta, out=target).addcmul_(beta, layer_output.unsqueeze(-2))
+    if out is None:
+        return new.to(dtype)
+    return out if target is not None else out.copy_(new)
 
 
 def pool_forward(streams: Tensor, pool_weight: Tensor | None, scale: float, eps: float):

@@ -8,8 +8,8 @@ Kept per step: n D / m numbers for the anchor, D for ``y``, and a few per stream
 
 No state outlives the pass and nothing is shared behind autograd's back. Forwards, the window's
 anchor, outputs and gates travel in the connection's state. Backwards, the recomputed streams travel
-as the *gradient of a token*: each step hands the next a tensor of shape ``[j + 1, N, n, D]`` whose
-storage is a single number, and receives in its gradient slot the streams :math:`S_0 \dots S_j`.
+as the *gradient of a token*: step j hands the next a tensor of shape ``[j, N, n, D]`` whose storage is
+a single number, and receives in its gradient slot the streams :math:`S_1 \dots S_j` that it left.
 """
 
 import torch
@@ -21,11 +21,12 @@ from .reference import compute_dtype
 
 
 class ReplayStep(torch.autograd.Function):
-    """Step j of a window.
+    """Step j = 1 .. m of a window.
 
     ``(y [N, D], streams [N, n, D], token or None, parameters, last, history)`` ->
     ``(h [N, D], new_streams [N, n, D], next token, beta [N, n])``; ``history`` is
-    ``(anchor, y_1, beta_1, ...)`` of the steps before, read by the last step of the window alone.
+    ``(anchor, y_1, beta_1, ...)`` of the steps before. The first step keeps its anchor and the last
+    step all of it; these are the tensors the steps before keep anyway.
     """
 
     @staticmethod
@@ -42,10 +43,10 @@ class ReplayStep(torch.autograd.Function):
             h, alpha, r_new, a = pool_forward(new_streams.to(dtype), w2, scale, eps)
         ctx.save_for_backward(
             layer_output, gate_weight, gate_bias, pool_weight, update_weight,
-            beta, r, g, r_y, g_y, alpha, r_new, a, *(history if last else ()),
+            beta, r, g, r_y, g_y, alpha, r_new, a, *(history if last or token is None else ()),
         )  # fmt: skip
-        ctx.gate, ctx.scale, ctx.last, ctx.has_token = gate, scale, last, token is not None
-        steps = 2 if token is None else token.shape[0] + 1
+        ctx.gate, ctx.scale, ctx.last, ctx.first = gate, scale, last, token is None
+        steps = 1 if token is None else token.shape[0] + 1
         next_token = streams.new_zeros(1).expand(steps, *streams.shape)
         ctx.mark_non_differentiable(beta)
         ctx.set_materialize_grads(False)
@@ -65,29 +66,30 @@ class ReplayStep(torch.autograd.Function):
                 "a replay window was left before its last step, so its streams cannot be recomputed; "
                 "run whole windows, or build the model with stream_memory='store'"
             )
+        streams = history[0] if ctx.first else replayed[-2]
         grads = step_backward(
-            grad_h, grad_new, layer_output, replayed[-2], replayed[-1], gate_weight, gate_bias, pool_weight,
+            grad_h, grad_new, layer_output, streams, replayed[-1], gate_weight, gate_bias, pool_weight,
             update_weight, beta, r, g, r_y, g_y, alpha, r_new, a, ctx.gate, ctx.scale,
         )  # fmt: skip
         d_output, d_streams, *d_parameters = grads
-        d_token = replayed[:-1] if ctx.has_token else None
-        # history: the anchor and two tensors per earlier step
-        unused = 4 + 1 + 2 * (replayed.shape[0] - 2)
-        return d_output, d_streams, d_token, *d_parameters, *(None,) * unused
+        d_token = None if ctx.first else replayed[:-1]
+        # gate, scale, eps, last; then the anchor and two tensors for each earlier step
+        without_gradient = 4 + 1 + 2 * (replayed.shape[0] - 1)
+        return d_output, d_streams, d_token, *d_parameters, *(None,) * without_gradient
 
 
 @torch.no_grad()
 def replay(anchor: Tensor, *outputs_and_gates: Tensor) -> Tensor:
-    """Streams ``[j + 1, N, n, D]``: the anchor ``[N, n, D]`` and what each of the j steps made of it.
+    """Streams ``[j, N, n, D]``: what each of j steps makes of the anchor ``[N, n, D]``, one after another.
 
     ``outputs_and_gates`` are ``y_1 [N, D], beta_1 [N, n], y_2, beta_2, ...``
     """
     steps = len(outputs_and_gates) // 2
-    streams = anchor.new_empty(steps + 1, *anchor.shape)
-    streams[0] = anchor
+    streams = anchor.new_empty(steps, *anchor.shape)
     dtype = compute_dtype(anchor.dtype)
     with _plain(anchor.device):
         for j in range(steps):
             y, beta = outputs_and_gates[2 * j : 2 * j + 2]
-            streams[j + 1] = lerp(y.to(dtype), streams[j].to(dtype), beta, anchor.dtype)
+            before = streams[j - 1] if j else anchor
+            lerp(y.to(dtype), before.to(dtype), beta, anchor.dtype, out=streams[j])
     return streams
