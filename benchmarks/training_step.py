@@ -1,7 +1,9 @@
 """Time of a training step with each residual connection, over PreNorm's, in one process.
 
-A step is forward, backward, clipping and the optimiser, on random tokens. The connections take
-turns step by step, so that a machine that slows down slows all of them; each figure is a median.
+A step is forward and backward over the preset's batch, clipping and the optimiser, on random tokens.
+Where that batch would take minutes, a part of it is timed and its time multiplied; the optimiser's is
+not. The connections take turns, so that a machine that slows down slows all of them; figures are
+medians.
 
     python benchmarks/training_step.py --out benchmarks/results/training-step-cpu.json
 """
@@ -27,9 +29,9 @@ from depthmix.presets import preset
 from depthmix.residuals import available_residuals
 from depthmix.train import build_model
 
-BATCH = {"quick": 16, "xs": 2, "S": 1}
-"""Sequences per step where the preset's own batch would take minutes: the ratio is per token."""
-ROUNDS = {"quick": 30, "xs": 8, "S": 5}
+SEQUENCES = {"quick": 16, "xs": 1, "S": 1}
+"""Sequences timed at once; a preset's batch is a multiple of them."""
+ROUNDS = {"quick": 30, "xs": 9, "S": 5}
 
 
 @dataclass
@@ -44,7 +46,7 @@ class Options:
     residuals: tuple[str, ...] = ()
     """Residual connections; PreNorm is always timed. Default: all."""
     rounds: int = 0
-    """Timed steps of each connection. 0: 30 for quick, 8 for xs, 5 for S."""
+    """Timed passes of each connection. 0: 30 for quick, 9 for xs, 5 for S."""
     threads: Annotated[int, arg(help_behavior_hint="(default: all cores)")] = os.cpu_count() or 1
     """CPU threads."""
     device: str = "cpu"
@@ -54,52 +56,64 @@ class Options:
 
 
 def measure(name: str, residuals: list[str], rounds: int, device: torch.device) -> dict:
-    """``{"preset", "batch", "rounds", "rows": [{"residual", "ms", "ratio", ...}]}``."""
+    """``{"preset", "rows": [{"residual", "ms", "ratio", ...}], ...}``: milliseconds of a whole step."""
     config = preset(name)
-    batch = BATCH.get(name, 1)
+    sequences = SEQUENCES.get(name, 1)
+    passes = config.batch_size // sequences
+    shape = (2, sequences, config.model.seq_len)
     generator = torch.Generator().manual_seed(0)
-    shape = (2, batch, config.model.seq_len)
     inputs, targets = torch.randint(0, config.model.vocab_size, shape, generator=generator).to(device)
-    steps = {}
+    runs = {}
     for residual in residuals:
-        run = dataclasses.replace(
-            config, model=dataclasses.replace(config.model, residual=residual), precision="fp32"
-        )
-        model = build_model(run, device)
-        optimizer = build_optimizer(model, run.optim)
-
-        def step(model=model, optimizer=optimizer):
+        model_config = dataclasses.replace(config.model, residual=residual)
+        model = build_model(dataclasses.replace(config, model=model_config, precision="fp32"), device)
+        runs[residual] = model, build_optimizer(model, config.optim)
+    gradients = {residual: [] for residual in residuals}
+    updates = {residual: [] for residual in residuals}
+    for round_ in range(-1, rounds):  # one round to warm up
+        for residual, (model, optimizer) in runs.items():
+            began = now(device)
             model(inputs, targets)[1].backward()
-            optimizer.clip_grad_norm(1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-
-        steps[residual] = step
-    seconds = {residual: [] for residual in residuals}
-    for round_ in range(-2, rounds):  # two rounds to warm up
-        for residual, step in steps.items():
-            began = time.perf_counter()
-            step()
+            done = now(device)
             if round_ >= 0:
-                seconds[residual].append(time.perf_counter() - began)
-    base = seconds["prenorm"]
-    return {
-        "preset": name,
-        "batch": batch,
-        "seq_len": config.model.seq_len,
-        "rounds": rounds,
-        "rows": [
+                gradients[residual].append(done - began)
+            if passes == 1 or round_ < 2:
+                optimizer.clip_grad_norm(1.0)
+                optimizer.step()
+                if round_ >= 0:
+                    updates[residual].append(now(device) - done)
+            optimizer.zero_grad()
+    update = {residual: statistics.median(times) for residual, times in updates.items()}
+    rows = []
+    for residual, times in gradients.items():
+        # Pass by pass: both of a pair ran within the same moments.
+        ratios = [
+            (passes * a + update[residual]) / (passes * b + update["prenorm"])
+            for a, b in zip(times, gradients["prenorm"], strict=True)
+        ]
+        rows.append(
             {
                 "residual": residual,
-                "ms": round(1e3 * statistics.median(times), 2),
-                # Round by round: both of a pair ran within the same moments.
-                "ratio": round(statistics.median(a / b for a, b in zip(times, base, strict=True)), 3),
+                "ms": round(1e3 * (passes * statistics.median(times) + update[residual]), 1),
+                "ratio": round(statistics.median(ratios), 3),
+                "ms_per_pass": round(1e3 * statistics.median(times), 1),
+                "ms_optimizer": round(1e3 * update[residual], 1),
             }
-            for residual, times in seconds.items()
-        ],
+        )
+    return {
+        "preset": name,
+        "tokens_per_step": config.tokens_per_step,
+        "tokens_timed": inputs.numel(),
+        "rounds": rounds,
+        "rows": rows,
     }
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def machine(device: torch.device) -> dict:
@@ -132,9 +146,12 @@ def main() -> None:
     for name in options.presets:
         result = measure(name, residuals, options.rounds or ROUNDS.get(name, 5), device)
         results["presets"].append(result)
-        print(f"{name}: {result['batch']} x {result['seq_len']} tokens, medians of {result['rounds']} steps")
+        print(
+            f"{name}: a step of {result['tokens_per_step']:,} tokens, from medians of {result['rounds']} passes "
+            f"over {result['tokens_timed']:,}"
+        )
         for row in result["rows"]:
-            print(f"  {row['residual']:<18}{row['ms']:>10.1f} ms   {row['ratio']:.2f} x PreNorm")
+            print(f"  {row['residual']:<18}{row['ms']:>14,.1f} ms   {row['ratio']:.2f} x PreNorm")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(results, indent=1) + "\n")

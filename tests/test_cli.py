@@ -285,7 +285,7 @@ def test_generate_prints_whole_characters(fake_generation, capsys):
 @pytest.mark.parametrize(
     "device, message",
     [
-        ("cuda:99", "device cuda:99 is not here"),
+        ("cuda:99", "device 'cuda:99' does not exist here"),
         ("gpu", "unknown device 'gpu'"),
         ("cuda:x", "unknown device"),
     ],

@@ -209,8 +209,9 @@ def _generate(argv: list[str]) -> int:
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
 
     from .checkpoint import load_model
+    from .device import find_device
 
-    model, _ = load_model(args.run, _device(args.device))
+    model, _ = load_model(args.run, find_device(args.device))
     tokenizer = _tokenizer_of(Path(args.run))
     ids = tokenizer.encode(prompt)
     stream = _new_tokens(model, tokenizer, ids or [tokenizer.end_token], args)
@@ -223,22 +224,6 @@ def _generate(argv: list[str]) -> int:
         print(decoder.decode(_bytes_of(tokenizer, token)), end="", flush=True)
     print(decoder.decode(b"", final=True))
     return 0
-
-
-def _device(name: str) -> str:
-    """``name`` with auto decided; ``UserError`` when there is no such device here."""
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
-        raise UserError(suggest(name, ("auto", "cpu", "cuda", "cuda:N"), "device"))
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"device {name} is not here: torch finds {torch.cuda.device_count()}; use --device cpu"
-        )
-    return name
 
 
 def _new_tokens(model, tokenizer, ids: list[int], args: Generate):

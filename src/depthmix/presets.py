@@ -37,11 +37,11 @@ PRESETS: dict[str, TrainConfig] = {
         model=GPTConfig(vocab_size=BYTE_VOCAB, n_layer=16, d_model=64, n_head=2, seq_len=128),
         data=DataConfig(tokenizer="byte"),
         optim=OptimConfig(lr=3e-3, muon_lr=1e-2, warmup_steps=20),
-        steps=300,
+        steps=240,
         batch_size=16,
-        eval_interval=50,
-        eval_tokens=65536,
-        checkpoint_interval=100,
+        eval_interval=60,
+        eval_tokens=32768,
+        checkpoint_interval=60,
     ),
     # An hour on one GPU.
     "xs": TrainConfig(

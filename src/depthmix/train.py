@@ -47,6 +47,7 @@ from .checkpoint import (
 )
 from .config import TrainConfig, from_dict
 from .data import Loader, eval_batches, open_dataset, prepare
+from .device import find_device
 from .errors import Interrupted, RunError, UserError
 from .memory import saved_bytes
 from .model import GPT
@@ -73,7 +74,9 @@ def train(config: TrainConfig, run_dir: Path, *, resume: bool = False, quiet: bo
     _check_folder(run_dir, resume)
     with _locked(run_dir):
         _check_folder(run_dir, resume)
-        device = _device(config.device)
+        device = find_device(config.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         dataset = open_dataset(prepare(config.data, progress=not quiet and sys.stdout.isatty()))
         config = _with_vocabulary(config, dataset.tokenizer.vocab_size)
         if resume:
@@ -624,25 +627,6 @@ def _errors_named(run_dir: Path) -> Iterator[None]:
         raise RunError(
             f"{error.filename or run_dir}: {error.strerror or error}. {kept}".rstrip(". ")
         ) from error
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise UserError(f"unknown device {name!r}. Valid: auto, cpu, cuda, cuda:N")
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
-            raise UserError(
-                f"device {name!r} does not exist here: torch finds {count} CUDA devices; use --device cpu"
-            )
-        torch.cuda.set_device(device)
-    return device
 
 
 def _with_vocabulary(config: TrainConfig, vocab_size: int) -> TrainConfig:

@@ -1,0 +1,84 @@
+"""The README's commands and code run as they stand, and its figures are those of the files it names."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands(first_word):
+    lines = [line.split("   #")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+    return [shlex.split(line) for line in lines if line.startswith(first_word)]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+    path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
+    return os.environ | {"PYTHONPATH": path, "DEPTHMIX_CACHE": str(cache), "OMP_NUM_THREADS": "2"}
+
+
+@pytest.mark.slow
+def test_command_line(environment, tmp_path):
+    """In order and in one folder, as a reader would type them."""
+    listed = commands("depthmix ")
+    assert {words[1] for words in listed} == {"info", "train", "generate", "data", "compare"}
+    for words in listed:
+        ran = subprocess.run(
+            [sys.executable, "-m", "depthmix", *words[1:]],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+        assert ran.returncode == 0, (words, ran.stderr)
+        assert ran.stdout.strip(), words
+    assert (tmp_path / "runs/first/report.html").exists()
+    assert (tmp_path / "runs/small/report.html").exists()
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python(code, environment, tmp_path):
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip()
+
+
+def test_make_targets():
+    """make test is what runs this; make demo is the comparison, with options the command line takes."""
+    targets = [words[1] for words in commands("make ")]
+    assert targets == ["demo", "test"]
+    planned = subprocess.run(["make", "-n", *targets], cwd=ROOT, capture_output=True, text=True)
+    assert planned.returncode == 0, planned.stderr
+    assert "depthmix compare --recipe quick" in planned.stdout and "-m pytest" in planned.stdout
+
+
+def test_figures_are_those_of_the_files():
+    """Every number in the two tables comes from the file named above it."""
+    demo = json.loads((ROOT / "results/compare-quick.json").read_text(encoding="utf-8"))
+    for entry in demo["residuals"]:
+        row = next(line for line in README.splitlines() if line.startswith(f"| `{entry['residual']}`"))
+        assert f"{entry['parameters']:,.0f}" in row
+        for key in ("train_loss", "val_loss"):
+            assert f"{entry[key]:.4f}" in row
+    steps = json.loads((ROOT / "benchmarks/results/training-step-cpu.json").read_text(encoding="utf-8"))
+    for preset in steps["presets"]:
+        line = next(line for line in README.splitlines() if line.startswith(f"| `{preset['preset']}`, "))
+        for row in preset["rows"]:
+            if row["residual"] != "prenorm":
+                assert f"{row['ratio']:.2f}" in line
+
+
+def test_no_placeholder_is_left():
+    assert "{{" not in README
