@@ -678,7 +678,10 @@ def test_a_validation_loss_that_is_not_finite(config, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("device", "message"),
-    [("gpu", "unknown device 'gpu'. .*Valid: auto, cpu"), ("cuda:99", "device 'cuda:99' does not exist here")],
+    [
+        ("gpu", "unknown device 'gpu'. .*Valid: auto, cpu"),
+        ("cuda:99", "device 'cuda:99' does not exist here"),
+    ],
 )
 def test_a_device_that_does_not_exist(config, tmp_path, device, message):
     with pytest.raises(UserError, match=message):
