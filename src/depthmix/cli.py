@@ -161,8 +161,10 @@ def _train(argv: list[str]) -> int:
     if not args.quiet:
         print(
             f"validation loss {result['val_loss']:.4f} nats (best {result['best_val_loss']:.4f} at step "
-            f"{result['best_step']}), {result['tokens_per_s']:,.0f} tokens/s\nreport: {run_dir / 'report.html'}"
+            f"{result['best_step']}), {result['tokens_per_s']:,.0f} tokens/s"
         )
+        if (run_dir / "report.html").exists():
+            print(f"report: {run_dir / 'report.html'}")
     return 0
 
 

@@ -166,6 +166,18 @@ def _plain(device: torch.device):
     return torch.autocast(device.type, enabled=False)
 
 
+def step_forward(layer_output, streams, gate_weight, gate_bias, pool_weight, update_weight, gate, scale, eps):
+    """``(h [N, D], new_streams [N, n, D], kept)``; ``kept`` is what :func:`step_backward` needs per stream."""
+    dtype = compute_dtype(streams.dtype)
+    w1, bias, w2, w3 = (_to(w, dtype) for w in (gate_weight, gate_bias, pool_weight, update_weight))
+    with _plain(streams.device):
+        y, s = layer_output.to(dtype), streams.to(dtype)
+        beta, r, g, r_y, g_y = gate_forward(y, s, w1, bias, gate, w3, scale, eps)
+        new_streams = lerp(y, s, beta, streams.dtype)
+        h, alpha, r_new, a = pool_forward(new_streams.to(dtype), w2, scale, eps)
+    return h.to(streams.dtype), new_streams, (beta, r, g, r_y, g_y, alpha, r_new, a)
+
+
 class MultiGateStep(torch.autograd.Function):
     """``(y [N, D], streams [N, n, D], parameters) -> (h [N, D], new_streams [N, n, D])``.
 
@@ -176,20 +188,15 @@ class MultiGateStep(torch.autograd.Function):
     def forward(
         ctx, layer_output, streams, gate_weight, gate_bias, pool_weight, update_weight, gate, scale, eps
     ):
-        dtype = compute_dtype(streams.dtype)
-        w1, bias, w2, w3 = (_to(w, dtype) for w in (gate_weight, gate_bias, pool_weight, update_weight))
-        with _plain(streams.device):
-            y, s = layer_output.to(dtype), streams.to(dtype)
-            beta, r, g, r_y, g_y = gate_forward(y, s, w1, bias, gate, w3, scale, eps)
-            new_streams = lerp(y, s, beta, streams.dtype)
-            h, alpha, r_new, a = pool_forward(new_streams.to(dtype), w2, scale, eps)
+        h, new_streams, kept = step_forward(
+            layer_output, streams, gate_weight, gate_bias, pool_weight, update_weight, gate, scale, eps
+        )
         ctx.save_for_backward(
-            layer_output, streams, new_streams, gate_weight, gate_bias, pool_weight, update_weight,
-            beta, r, g, r_y, g_y, alpha, r_new, a,
-        )  # fmt: skip
+            layer_output, streams, new_streams, gate_weight, gate_bias, pool_weight, update_weight, *kept
+        )
         ctx.gate, ctx.scale = gate, scale
         ctx.set_materialize_grads(False)
-        return h.to(streams.dtype), new_streams
+        return h, new_streams
 
     @staticmethod
     @once_differentiable

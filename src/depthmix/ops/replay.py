@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .eager import _plain, _to, gate_forward, lerp, pool_forward, step_backward
+from .eager import _plain, lerp, step_backward, step_forward
 from .reference import compute_dtype
 
 
@@ -34,23 +34,20 @@ class ReplayStep(torch.autograd.Function):
         ctx, layer_output, streams, token, gate_weight, gate_bias, pool_weight, update_weight,
         gate, scale, eps, last, *history,
     ):  # fmt: skip
-        dtype = compute_dtype(streams.dtype)
-        w1, bias, w2, w3 = (_to(w, dtype) for w in (gate_weight, gate_bias, pool_weight, update_weight))
-        with _plain(streams.device):
-            y, s = layer_output.to(dtype), streams.to(dtype)
-            beta, r, g, r_y, g_y = gate_forward(y, s, w1, bias, gate, w3, scale, eps)
-            new_streams = lerp(y, s, beta, streams.dtype)
-            h, alpha, r_new, a = pool_forward(new_streams.to(dtype), w2, scale, eps)
+        h, new_streams, kept = step_forward(
+            layer_output, streams, gate_weight, gate_bias, pool_weight, update_weight, gate, scale, eps
+        )
+        beta = kept[0]
         ctx.save_for_backward(
-            layer_output, gate_weight, gate_bias, pool_weight, update_weight,
-            beta, r, g, r_y, g_y, alpha, r_new, a, *(history if last or token is None else ()),
+            layer_output, gate_weight, gate_bias, pool_weight, update_weight, *kept,
+            *(history if last or token is None else ()),
         )  # fmt: skip
         ctx.gate, ctx.scale, ctx.last, ctx.first = gate, scale, last, token is None
         steps = 1 if token is None else token.shape[0] + 1
         next_token = streams.new_zeros(1).expand(steps, *streams.shape)
         ctx.mark_non_differentiable(beta)
         ctx.set_materialize_grads(False)
-        return h.to(streams.dtype), new_streams, next_token, beta
+        return h, new_streams, next_token, beta
 
     @staticmethod
     @once_differentiable
