@@ -177,7 +177,7 @@ def os_error(number, filename=None):
         (RunError("loss is nan at step 3"), 1, "loss is nan at step 3"),
         (KeyboardInterrupt(), 130, "stopped"),
         (os_error(2, "data.txt"), 2, "data.txt: No such file or directory"),
-        (os_error(13, "/root/x"), 2, "/root/x: Permission denied"),
+        (os_error(13, "/srv/private/x"), 2, "/srv/private/x: Permission denied"),
         (os_error(28), 1, "No space left on device; free space"),
         (os_error(5, "disk"), 1, "disk: Input/output error"),
         (MemoryError(), 1, "out of memory; lower --micro-batch"),
