@@ -29,6 +29,7 @@ import tyro
 from tyro.conf import arg
 
 from depthmix.info import describe
+from depthmix.ops import native
 from depthmix.optim import build_optimizer
 from depthmix.presets import preset
 from depthmix.residuals import available_residuals
@@ -135,6 +136,7 @@ def machine(device: torch.device) -> dict:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "cpu_kernels": native.status(),
         "commit": commit.stdout.strip() or "unknown",
         "date": datetime.date.today().isoformat(),
     }

@@ -64,6 +64,7 @@ from .errors import Interrupted, RunError, UserError
 from .info import parameter_counts
 from .memory import saved_bytes
 from .model import GPT
+from .ops import native
 from .optim import MuonAdamW, build_optimizer
 
 MAY_CHANGE_ON_RESUME = ("device", "compile", "keep_last", "checkpoint_interval", "data.cache_dir")
@@ -715,6 +716,7 @@ def _environment(device: torch.device) -> dict[str, str]:
         "device_name": torch.cuda.get_device_name(device) if cuda else platform.machine(),
         "cuda": str(torch.version.cuda) if cuda else "none",
         "threads": str(torch.get_num_threads()),
+        "cpu_kernels": "none" if cuda else native.plan()[1],
     }
 
 

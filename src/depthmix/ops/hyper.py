@@ -17,9 +17,19 @@ Coefficients are one tensor ``C [n + 2, n]``: the n rows of :math:`A_r` (from st
                         or a mean of permutations (Yang, Gao 2026, arXiv 2601.05732)
 ======================  ======================================================================================
 
-Each has a ``reference`` (plain differentiable torch, what ``torch.compile`` is given), and ``forward`` and
-``backward`` for :class:`HyperStep`, which runs the whole step with gradients by hand. There no normalised
-copy of the streams is kept: a score is a product with the raw streams times a reciprocal root mean square.
+Each has a ``reference`` (plain differentiable torch, what ``torch.compile`` is given), and three parts for
+:class:`HyperStep`, which runs the whole step with gradients by hand. There no normalised copy of the streams
+is ever made: a score is a product with the raw streams times a reciprocal root mean square. Streams are seen as rows,
+one for each norm that f takes (n a token of D, or one of nD), and
+
+* ``weight(*parameters)`` is the matrix ``[row length, K]`` that rows are multiplied with,
+* ``coefficients(raw, norms, *parameters)`` makes C of the products ``[rows, K]`` and the norms ``[rows]``, and
+  what the backward pass needs,
+* ``backward(grad, parameters, kept)``, given the gradient ``[n + 2, n, N]`` of C, returns the gradient of ``raw``, the
+  factors ``[rows]`` of each row in its own gradient (that of its norm), and a function that makes the
+  parameters' gradients of the matrix's.
+
+On a CPU, in fp32, the passes over the streams are those of :mod:`depthmix.ops.native` where it can be used.
 
 Kept for the backward pass, per token and step: y (D) and the streams (nD), which the steps before and
 behind share; C (n(n + 2)), one number for each score that f is made of, and one per norm (two for a LayerNorm).
@@ -37,7 +47,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .eager import _plain, _reciprocal_rms, _to, _weighted_sum
+from . import native
+from .eager import _plain, _to, _weighted_sum
 from .reference import compute_dtype, rms
 from .sinkhorn import sinkhorn, sinkhorn_backward, sinkhorn_forward
 
@@ -104,18 +115,21 @@ class HyperDynamic:
         )
         return torch.cat([carry, depth.mT, width.mT], -2)
 
-    def forward(self, streams, projection, static, scale, norm_weight, norm_bias):
-        """Coefficients and what :meth:`backward` needs; everything in one compute dtype."""
-        N, n, width = streams.shape
+    def weight(self, projection, static, scale, norm_weight, norm_bias):
         weight = projection * norm_weight.unsqueeze(-1)
-        square = _tokens_last(torch.linalg.vector_norm(streams, dim=-1)).square_().div_(width)
+        if self.norm == "rms":
+            return weight
+        # A centred copy of the streams would cost a pass: the mean is taken off the weight's columns instead, and
+        # the variance is that of the raw streams less the mean's square. Both lose digits only where a stream's
+        # mean is many times its spread. The mean is one more column of the product.
+        mean = weight.new_full((len(weight), 1), 1 / len(weight))
+        return torch.cat([weight - weight.mean(0), mean], 1)
+
+    def coefficients(self, raw, norms, projection, static, scale, norm_weight, norm_bias):
+        n = self.n
+        square = _tokens_last(norms.view(-1, n)).square_().div_(projection.shape[0])
+        raw = _tokens_last(raw.view(len(raw) // n, -1)).view(n, -1, len(raw) // n)
         mean = None
-        if self.norm == "layer":
-            # A centred copy of the streams would cost a pass: the mean is taken off the weight's columns instead,
-            # and the variance is that of the raw streams less the mean's square. Both lose digits only where a
-            # stream's mean is many times its spread. The mean is one more column of the product.
-            weight = torch.cat([weight - weight.mean(0), weight.new_full((width, 1), 1 / width)], 1)
-        raw = _tokens_last((streams.view(-1, width) @ weight).view(N, -1)).view(n, -1, N)
         if self.norm == "layer":
             mean = raw[:, n + 2].clone()
             variance = torch.addcmul(square, mean, mean, value=-1).clamp_min_(0.0)
@@ -128,58 +142,55 @@ class HyperDynamic:
         value = self._value(score, projection, norm_bias)
         value = torch.addcmul(static.unsqueeze(-1), value, self.columns(scale).unsqueeze(-1))
         laid_out = torch.cat([value[:, 1 : n + 1], value[None, :, n + 1], value[None, :, 0]])
-        return _tokens_first(laid_out).view(N, n + 2, n), (score, r, mean)
+        return _tokens_first(laid_out).view(-1, n + 2, n), (score, r, mean)
 
     def _value(self, score, projection, norm_bias):
         """``score [n, n + 2, N]``, of the norm without its bias, to what the scale multiplies."""
         value = score if norm_bias is None else score + (norm_bias @ projection).unsqueeze(-1)
         return torch.tanh(value) if self.tanh else value
 
-    def backward(self, into, grad, streams, parameters, kept):
-        """Add the gradient of the streams to ``into``; returns those of the parameters.
-
-        ``grad [n + 2, n, N]`` is that of the coefficients.
-        """
+    def backward(self, grad, parameters, kept):
         projection, _, scale, norm_weight, norm_bias = parameters
         score, r, mean = kept
         n, columns, N = score.shape
         width = projection.shape[0]
-        # One column more than f has scores, for what the mean takes off.
-        d_score = score.new_empty(n, columns + (mean is not None), N)
-        of_score = d_score[:, :columns]
+        # One column more than f has scores, for the mean.
+        d_raw = score.new_empty(n, columns + (mean is not None), N)
+        of_score = d_raw[:, :columns]
         of_score[:, 1 : n + 1] = grad[:n]
         of_score[:, n + 1] = grad[n]
         of_score[:, 0] = grad[n + 1]
         d_static = of_score.sum(-1)
         value = self._value(score, projection, norm_bias)
         d_columns = (value * of_score).sum(-1).sum(0)
+        d_scale = torch.stack([d_columns[:-1].sum(), d_columns[-1]])
         if self.tanh:
             of_score.mul_(torch.addcmul(_one(score), value, value, value=-1))
         of_score.mul_(self.columns(scale).unsqueeze(-1))
         d_bias = None if norm_bias is None else of_score.sum(-1).sum(0)
-        along_streams = (of_score * score).sum(1).mul_(r).mul_(r).div_(-width)
+        along = (of_score * score).sum(1).mul_(r).mul_(r).div_(-width)
         of_score.mul_(r.unsqueeze(1))
-        weight = projection * norm_weight.unsqueeze(-1)
-        flat = streams.view(-1, width)
-        into.addcmul_(_tokens_first(along_streams).unsqueeze(-1), streams)
+        mean_part = None
         if mean is not None:
-            # The mean is taken off every stream: off the weight's columns in products with a gradient, off
-            # the sums over streams.
-            weight = torch.cat([weight - weight.mean(0), weight.new_ones(width, 1)], 1)
-            torch.mul(along_streams, mean, out=d_score[:, columns]).neg_()
-        by_stream = _tokens_first(d_score).view(N * n, -1)
-        d_weight = (flat.t() @ by_stream)[:, :columns]
-        if mean is not None:
-            d_weight = d_weight - (of_score * mean.unsqueeze(1)).sum(-1).sum(0)
-        into.view(-1, width).addmm_(by_stream, weight.t())
-        d_projection = d_weight * norm_weight.unsqueeze(-1)
-        d_norm_weight = (d_weight * projection).sum(-1)
-        d_norm_bias = None
-        if norm_bias is not None:
+            # A score's r depends on the mean too: variance is mean square less mean^2. The mean's own column of
+            # the weight is 1 / D, so what it is given here is D times the gradient of each feature.
+            mean_part = (of_score * mean.unsqueeze(1)).sum(-1).sum(0)
+            torch.mul(along, mean, out=d_raw[:, columns]).mul_(-width)
+        d_raw = _tokens_first(d_raw).view(N * n, -1)
+
+        def of_parameters(d_weight):
+            d_weight = d_weight[:, :columns]
+            if mean_part is not None:
+                # The product was with raw streams; the score was of centred ones.
+                d_weight = d_weight - mean_part
+            d_projection = d_weight * norm_weight.unsqueeze(-1)
+            d_norm_weight = (d_weight * projection).sum(-1)
+            if norm_bias is None:
+                return d_projection, d_static, d_scale, d_norm_weight, None
             d_projection.addmm_(norm_bias.unsqueeze(-1), d_bias.unsqueeze(0))
-            d_norm_bias = projection @ d_bias
-        d_scale = torch.stack([d_columns[:-1].sum(), d_columns[-1]])
-        return d_projection, d_static, d_scale, d_norm_weight, d_norm_bias
+            return d_projection, d_static, d_scale, d_norm_weight, projection @ d_bias
+
+        return d_raw, _tokens_first(along).view(-1), of_parameters
 
 
 def _one(like: Tensor) -> Tensor:
@@ -188,17 +199,13 @@ def _one(like: Tensor) -> Tensor:
 
 def _tokens_last(x: Tensor) -> Tensor:
     """A copy, ``[N, k] -> [k, N]``: operations on a few numbers per token run over the tokens."""
-    return x.t().clone(memory_format=torch.contiguous_format)
+    # With a dimension more the library does not take its way for matrices, which uses one core only.
+    return x.t().unsqueeze(0).clone(memory_format=torch.contiguous_format)[0]
 
 
 def _tokens_first(x: Tensor) -> Tensor:
     """A copy, ``[..., N] -> [N, k]``."""
-    return x.view(-1, x.shape[-1]).t().clone(memory_format=torch.contiguous_format)
-
-
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """``a b^T``: ``[N, i, D], [N, j, D] -> [N, i, j]``."""
-    return torch.bmm(a, b.mT)
+    return x.view(1, -1, x.shape[-1]).mT.clone(memory_format=torch.contiguous_format)[0]
 
 
 # --- f on the manifold ------------------------------------------------------------------------
@@ -254,12 +261,13 @@ class Manifold:
         carry = self.residual_matrix(z[..., 2 * n :]).mT
         return torch.cat([carry, post.unsqueeze(-2), pre.unsqueeze(-2)], -2)
 
-    def forward(self, streams, projection, bias, alpha):
-        """Coefficients and what :meth:`backward` needs; everything in one compute dtype."""
-        n, N = self.n, streams.shape[0]
-        flat = streams.view(N, -1)
-        r = _reciprocal_rms(flat, self.eps)
-        score = _tokens_last(flat @ projection).mul_(r).masked_fill_(r == 0, 0.0)
+    def weight(self, projection, bias, alpha):
+        return projection
+
+    def coefficients(self, raw, norms, projection, bias, alpha):
+        n, N = self.n, len(raw)
+        r = norms.square().div_(projection.shape[0]).add_(self.eps).rsqrt_()
+        score = _tokens_last(raw).mul_(r).masked_fill_(r == 0, 0.0)
         z = torch.addcmul(bias.unsqueeze(-1), score, self.columns(alpha).unsqueeze(-1))
         laid_out = z.new_empty(n + 2, n, N)
         torch.sigmoid(z[:n], out=laid_out[n + 1])
@@ -274,14 +282,10 @@ class Manifold:
             laid_out[:n] = matrix.view(n, n, N).transpose(0, 1)
         return _tokens_first(laid_out).view(N, n + 2, n), (score, r)
 
-    def backward(self, into, grad, streams, parameters, kept):
-        """Add the gradient of the streams to ``into``; returns those of the parameters.
-
-        ``grad [n + 2, n, N]`` is that of the coefficients.
-        """
+    def backward(self, grad, parameters, kept):
         projection, bias, alpha = parameters
         score, r = kept
-        n, N = self.n, streams.shape[0]
+        n, N = self.n, len(r)
         scale = self.columns(alpha).unsqueeze(-1)
         z = torch.addcmul(bias.unsqueeze(-1), score, scale)
         d_z = torch.empty_like(z)
@@ -299,15 +303,12 @@ class Manifold:
                 d_weights = (permutations(n, z) @ d_matrix.reshape(n * n, N)).mul_(weights)
                 torch.addcmul(d_weights, weights, d_weights.sum(0), value=-1, out=d_z[2 * n :])
         d_bias = d_z.sum(1)
-        d_z_scaled = d_z * scale
+        d_raw = d_z * scale
         along = d_z.mul_(score)
         sizes = [n, n, self.residual_size][: alpha.shape[0]]
         d_alpha = torch.stack([part.sum() for part in along.sum(1).split(sizes)])
-        along_streams = torch.mm(scale.t(), along).view(N).mul_(r).mul_(r).div_(-projection.shape[0])
-        d_score = _tokens_first(d_z_scaled.mul_(r))
-        flat, flat_into = streams.view(N, -1), into.view(N, -1)
-        flat_into.addmm_(d_score, projection.t()).addcmul_(along_streams.unsqueeze(-1), flat)
-        return flat.t() @ d_score, d_bias, d_alpha
+        along = torch.mm(scale.t(), along).view(N).mul_(r).mul_(r).div_(-projection.shape[0])
+        return _tokens_first(d_raw.mul_(r)), along, lambda d_weight: (d_weight, d_bias, d_alpha)
 
 
 def _softmax_of_rows(logits: Tensor) -> Tensor:
@@ -319,41 +320,103 @@ def _softmax_of_rows(logits: Tensor) -> Tensor:
 # --- the whole step, gradients by hand --------------------------------------------------------
 
 
-def _write(y: Tensor, streams: Tensor, coefficients: Tensor) -> Tensor:
-    """``A_r^T H + B (x) y``, everything in one compute dtype."""
-    n = streams.shape[1]
-    carried = torch.bmm(coefficients[:, :n].mT, streams)
-    return carried.addcmul_(coefficients[:, n].unsqueeze(-1), y.unsqueeze(1))
+def _write(y: Tensor, streams: Tensor, coefficients: Tensor, per_token: int) -> tuple[Tensor, Tensor | None]:
+    """``A_r^T H + B (x) y``, rounded to the streams' dtype; and the norms of its rows, where those cost nothing."""
+    N, n, width = streams.shape
+    if native.usable(y, streams, coefficients, n=n):
+        y, streams, coefficients = y.contiguous(), streams.contiguous(), coefficients.contiguous()
+        new, norms = torch.empty_like(streams), streams.new_empty(N * per_token)
+        native.call(
+            "hyper_write",
+            N,
+            n,
+            width,
+            per_token,
+            torch.get_num_threads(),
+            y,
+            streams,
+            coefficients,
+            new,
+            norms,
+        )
+        return new, norms
+    dtype = coefficients.dtype
+    new = torch.bmm(coefficients[:, :n].mT, streams.to(dtype))
+    new.addcmul_(coefficients[:, n].unsqueeze(-1), y.to(dtype).unsqueeze(1))
+    return new.to(streams.dtype), None
 
 
-def _write_backward(grad, y, streams, coefficients):
-    """Gradients ``(y, streams, coefficients)`` given ``grad [N, n, D]`` of the new streams."""
+def _read(streams: Tensor, weights: Tensor) -> Tensor:
+    """``sum_i weights_i H_i``: ``[N, n, D]``, and ``[N, n]`` in the compute dtype -> ``[N, D]``."""
+    N, n, width = streams.shape
+    if native.usable(streams, weights, n=n) and weights.stride(1) == 1:
+        h, streams = streams.new_empty(N, width), streams.contiguous()
+        native.call(
+            "hyper_read", N, n, width, torch.get_num_threads(), streams, weights, weights.stride(0), h
+        )
+        return h
+    return _weighted_sum(weights, streams.to(weights.dtype)).to(streams.dtype)
+
+
+def _add_inner(into: Tensor, streams: Tensor, x: Tensor) -> None:
+    """``into[i, t] += H_i . x`` of token t: ``[n, N], [N, n, D], [N, D]``."""
+    N, n, width = streams.shape
+    if native.usable(into, streams, x, n=n) and into.is_contiguous():
+        streams, x = streams.contiguous(), x.contiguous()
+        native.call("hyper_add_dots", N, n, width, torch.get_num_threads(), streams, x, into)
+    else:
+        into += torch.bmm(streams.to(into.dtype), x.to(into.dtype).unsqueeze(-1)).squeeze(-1).t()
+
+
+def _written_backward(grad, y, streams, coefficients):
+    """Gradients ``(y, H, C)`` given ``grad [N, n, D]``, in the compute dtype, of the new streams."""
     n = streams.shape[1]
     d_coefficients = torch.empty_like(coefficients)
-    d_coefficients[:, :n] = _inner(streams, grad)
-    d_coefficients[:, n] = _inner(grad, y.unsqueeze(1)).squeeze(-1)
+    d_coefficients[:, :n] = torch.bmm(streams.to(grad.dtype), grad.mT)
+    d_coefficients[:, n] = torch.bmm(grad, y.to(grad.dtype).unsqueeze(-1)).squeeze(-1)
     d_coefficients[:, n + 1] = 0
     # The rows of A_r and B give the gradients of the streams and of y.
     both = torch.bmm(coefficients[:, : n + 1], grad)
-    return both[:, n], both[:, :n], d_coefficients
+    return both[:, n].to(y.dtype), both[:, :n].to(streams.dtype), d_coefficients
 
 
-def _read_backward(family, grad_h, grad_streams, grad_coefficients, streams, coefficients, parameters, kept):
-    """Gradients ``(streams, *parameters)`` of f and of the read; any of the three given may be missing."""
-    N, n, _ = streams.shape
-    if grad_streams is None:
-        grad_streams = torch.zeros_like(streams)
-    if grad_coefficients is None:
-        d_made = streams.new_zeros(n + 2, n, N)
-    else:
-        d_made = _tokens_last(grad_coefficients.reshape(N, -1)).view(n + 2, n, N)
-    if grad_h is None:
-        into = grad_streams.clone(memory_format=torch.contiguous_format)
-    else:
-        into = torch.empty_like(streams)
-        torch.addcmul(grad_streams, coefficients[:, n + 1].unsqueeze(-1), grad_h.unsqueeze(1), out=into)
-        d_made[n + 1] += _inner(streams, grad_h.unsqueeze(1)).view(N, n).t()
-    return into, *family.backward(into, d_made, streams, parameters, kept)
+def _streams_backward(read, grad_h, grad_new, new, made, layer_output, streams, coefficients):
+    """Gradients ``(y, H, C)`` of a step, or ``(None, H, None)`` where nothing was written.
+
+    The gradient of the new streams has up to three parts: that of f, ``read = (product [N, n * D], along [rows])``,
+    which is ``product + along * row``; that of the read, made of ``grad_h [N, D]``; and ``grad_new [N, n, D]``.
+    """
+    N, n, width = new.shape
+    product, along = read or (None, None)
+    tensors = (product, along, made, new, grad_h, grad_new, layer_output, streams, coefficients)
+    if native.usable(*tensors, n=n):
+        grad_h, layer_output, streams, coefficients, new = (
+            None if x is None else x.contiguous() for x in (grad_h, layer_output, streams, coefficients, new)
+        )
+        if grad_new is not None and (grad_new.stride(2) != 1 or grad_new.stride(1) != width):
+            grad_new = grad_new.contiguous()
+        d_streams = torch.empty_like(streams)
+        d_y, d_coefficients = (
+            None if x is None else torch.empty_like(x) for x in (layer_output, coefficients)
+        )
+        native.call(
+            "hyper_backward", N, n, width, 1 if along is None else len(along) // N, torch.get_num_threads(),
+            product, along, made, new, grad_h, grad_new, 0 if grad_new is None else grad_new.stride(0),
+            layer_output, streams, coefficients, d_y, d_streams, d_coefficients,
+        )  # fmt: skip
+        return d_y, d_streams, d_coefficients
+    into = None if grad_new is None else grad_new.to(compute_dtype(streams.dtype))
+    if grad_h is not None:
+        weights = made[:, n + 1].unsqueeze(-1)
+        g = grad_h.to(made.dtype).unsqueeze(1)
+        into = weights * g if into is None else torch.addcmul(into, weights, g)
+    if read is not None:
+        rows = new.to(along.dtype).reshape(len(along), -1)
+        product = product.view(rows.shape).addcmul_(along.unsqueeze(-1), rows).view(new.shape)
+        into = product if into is None else product.add_(into)
+    if layer_output is None:
+        return None, into.to(streams.dtype), None
+    return _written_backward(into, layer_output, streams, coefficients)
 
 
 class HyperStep(torch.autograd.Function):
@@ -367,13 +430,17 @@ class HyperStep(torch.autograd.Function):
     def forward(ctx, layer_output, streams, coefficients, family, *parameters):
         dtype = compute_dtype(streams.dtype)
         with _plain(streams.device):
-            s = streams.to(dtype)
-            new = streams
+            given = [_to(p, dtype) for p in parameters]
+            weight = family.weight(*given)
+            new, norms = streams, None
             if layer_output is not None:
-                new = _write(layer_output.to(dtype), s, coefficients).to(streams.dtype)
-            t = new.to(dtype)
-            made, kept = family.forward(t, *(_to(p, dtype) for p in parameters))
-            h = _weighted_sum(made[:, -1], t).to(streams.dtype)
+                per_token = streams.shape[1] * streams.shape[2] // len(weight)
+                new, norms = _write(layer_output, streams, coefficients, per_token)
+            rows = new.to(dtype).reshape(-1, len(weight))
+            if norms is None:
+                norms = torch.linalg.vector_norm(rows, dim=-1)
+            made, kept = family.coefficients(rows @ weight, norms, *given)
+            h = _read(new, made[:, -1])
         ctx.save_for_backward(layer_output, streams, coefficients, new, made, *parameters, *kept)
         ctx.family, ctx.n_parameters = family, len(parameters)
         ctx.set_materialize_grads(False)
@@ -386,22 +453,30 @@ class HyperStep(torch.autograd.Function):
         parameters, kept = rest[: ctx.n_parameters], rest[ctx.n_parameters :]
         grad_new, grad_made = grads if layer_output is not None else (None, *grads)
         dtype = made.dtype
+        N, n, _ = streams.shape
         with _plain(streams.device):
-            into, *d_parameters = _read_backward(
-                ctx.family, _to(grad_h, dtype), _to(grad_new, dtype), grad_made, new.to(dtype), made,
-                [_to(p, dtype) for p in parameters], kept,
-            )  # fmt: skip
-            d_parameters = [
-                None if d is None else d.to(p.dtype) for d, p in zip(d_parameters, parameters, strict=True)
-            ]
-            if layer_output is None:
-                return None, into.to(streams.dtype), None, None, *d_parameters
-            d_y, d_streams, d_coefficients = _write_backward(
-                into, layer_output.to(dtype), streams.to(dtype), coefficients
+            given = [_to(p, dtype) for p in parameters]
+            if grad_made is None:
+                d_made = made.new_zeros(n + 2, n, N)
+            else:
+                d_made = _tokens_last(grad_made.reshape(N, -1)).view(n + 2, n, N)
+            if grad_h is not None:
+                _add_inner(d_made[n + 1], new, grad_h)
+            d_raw, along, of_parameters = ctx.family.backward(d_made, given, kept)
+            weight = ctx.family.weight(*given)
+            rows = new.to(dtype).reshape(-1, len(weight))
+            d_parameters = of_parameters((d_raw.t() @ rows).t())
+            of_f = torch.mm(d_raw, weight.t()), along
+            d_y, d_streams, d_coefficients = _streams_backward(
+                of_f, grad_h, grad_new, new, made, layer_output, streams, coefficients
             )
         return (
-            d_y.to(layer_output.dtype), d_streams.to(streams.dtype), d_coefficients, None, *d_parameters
-        )  # fmt: skip
+            d_y,
+            d_streams,
+            d_coefficients,
+            None,
+            *(None if d is None else d.to(p.dtype) for d, p in zip(d_parameters, parameters, strict=True)),
+        )
 
 
 class HyperWrite(torch.autograd.Function):
@@ -410,20 +485,15 @@ class HyperWrite(torch.autograd.Function):
     @staticmethod
     def forward(ctx, layer_output, streams, coefficients):
         ctx.save_for_backward(layer_output, streams, coefficients)
-        dtype = compute_dtype(streams.dtype)
         with _plain(streams.device):
-            return _write(layer_output.to(dtype), streams.to(dtype), coefficients).to(streams.dtype)
+            return _write(layer_output, streams, coefficients, 1)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         layer_output, streams, coefficients = ctx.saved_tensors
-        dtype = coefficients.dtype
         with _plain(streams.device):
-            d_y, d_streams, d_coefficients = _write_backward(
-                grad.to(dtype).contiguous(), layer_output.to(dtype), streams.to(dtype), coefficients
-            )
-        return d_y.to(layer_output.dtype), d_streams.to(streams.dtype), d_coefficients
+            return _streams_backward(None, None, grad, streams, None, layer_output, streams, coefficients)
 
 
 class StaticStep(torch.autograd.Function):

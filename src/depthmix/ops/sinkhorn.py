@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
+from . import native
+
 
 def sinkhorn_reference(logits: Tensor, iterations: int) -> Tensor:
     """``logits [..., n, n]`` -> ``[..., n, n]``: rows (last dimension) sum to 1, columns nearly."""
@@ -78,6 +80,11 @@ def _ones(like: Tensor) -> Tensor:
 
 def sinkhorn_forward(logits: Tensor, iterations: int) -> Tensor:
     """:func:`sinkhorn_reference` for matrices ``[n, n, N]`` in a compute dtype; ``iterations`` >= 1."""
+    n, _, N = logits.shape
+    if native.usable(logits, n=n):
+        matrix = _first_iteration(logits)[1].contiguous()
+        native.call("sinkhorn_iterate", N, n, iterations - 1, torch.get_num_threads(), matrix)
+        return matrix
     return _iterate(logits, iterations)[1]
 
 
@@ -102,6 +109,14 @@ def _iterate(logits: Tensor, iterations: int) -> tuple[Tensor, Tensor, list[tupl
 
 def sinkhorn_backward(grad: Tensor, logits: Tensor, iterations: int) -> Tensor:
     """Gradient of the logits ``[n, n, N]`` given that of the matrices."""
+    n, _, N = logits.shape
+    if native.usable(logits, grad, n=n):
+        first, matrix = (x.contiguous() for x in _first_iteration(logits))
+        d_log, grad = torch.empty_like(matrix), grad.contiguous()
+        native.call(
+            "sinkhorn_gradient", N, n, iterations - 1, torch.get_num_threads(), first, matrix, grad, d_log
+        )
+        return d_log
     first, matrix, divided = _iterate(logits, iterations)
     ones = _ones(logits)
     d_log = matrix * grad
