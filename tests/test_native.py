@@ -85,6 +85,17 @@ def test_error_is_at_most_twice_that_of_torch(kind, n, width, tokens, without):
         assert error(a, truth) <= 2 * error(b, truth) + 2e-6
 
 
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_weight_too_large_for_the_kernel(kind, monkeypatch):
+    """The product with it is torch's then."""
+    family = FAMILIES[kind](3)
+    inputs = draw(3, 10, family, 5, torch.float32)
+    fused = outputs_and_gradients(inputs, family)
+    monkeypatch.setattr(hyper, "FUSED_WEIGHT", 1)
+    for a, b in zip(outputs_and_gradients(inputs, family), fused, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("n", [1, 7, 8])
 @pytest.mark.parametrize("used", [(0,), (1,), (2,), (3,), (4,), (5,)])
 def test_any_output_alone(n, used, without):

@@ -380,15 +380,20 @@ def _written_backward(grad, y, streams, coefficients):
     return both[:, n].to(y.dtype), both[:, :n].to(streams.dtype), d_coefficients
 
 
+FUSED_WEIGHT = 1 << 13
+"""Numbers in the weight of f, at most, for a CPU kernel to multiply with it: it must stay in the fastest cache."""
+
+
 def _streams_backward(read, grad_h, grad_new, new, made, layer_output, streams, coefficients):
     """Gradients ``(y, H, C)`` of a step, or ``(None, H, None)`` where nothing was written.
 
-    The gradient of the new streams has up to three parts: that of f, ``read = (product [N, n * D], along [rows])``,
-    which is ``product + along * row``; that of the read, made of ``grad_h [N, D]``; and ``grad_new [N, n, D]``.
+    The gradient of the new streams has up to three parts: that of f, ``read = (d_raw [rows, K], along [rows],
+    weight [row length, K])``, which is ``d_raw weight^T + along row``; that of the read, made of ``grad_h [N, D]``;
+    and ``grad_new [N, n, D]``.
     """
     N, n, width = new.shape
-    product, along = read or (None, None)
-    tensors = (product, along, made, new, grad_h, grad_new, layer_output, streams, coefficients)
+    d_raw, along, weight = read or (None, None, None)
+    tensors = (d_raw, along, weight, made, new, grad_h, grad_new, layer_output, streams, coefficients)
     if native.usable(*tensors, n=n):
         grad_h, layer_output, streams, coefficients, new = (
             None if x is None else x.contiguous() for x in (grad_h, layer_output, streams, coefficients, new)
@@ -399,9 +404,16 @@ def _streams_backward(read, grad_h, grad_new, new, made, layer_output, streams, 
         d_y, d_coefficients = (
             None if x is None else torch.empty_like(x) for x in (layer_output, coefficients)
         )
+        K, per_token = 0, 1
+        if read is not None:
+            K, per_token = d_raw.shape[1], len(d_raw) // N
+            if weight.numel() <= FUSED_WEIGHT:
+                weight = weight.t().contiguous()
+            else:
+                d_raw, K = torch.mm(d_raw, weight.t()), 0
         native.call(
-            "hyper_backward", N, n, width, 1 if along is None else len(along) // N, torch.get_num_threads(),
-            product, along, made, new, grad_h, grad_new, 0 if grad_new is None else grad_new.stride(0),
+            "hyper_backward", N, n, width, per_token, torch.get_num_threads(), K, d_raw, weight, along, made, new,
+            grad_h, grad_new, 0 if grad_new is None else grad_new.stride(0),
             layer_output, streams, coefficients, d_y, d_streams, d_coefficients,
         )  # fmt: skip
         return d_y, d_streams, d_coefficients
@@ -412,7 +424,7 @@ def _streams_backward(read, grad_h, grad_new, new, made, layer_output, streams, 
         into = weights * g if into is None else torch.addcmul(into, weights, g)
     if read is not None:
         rows = new.to(along.dtype).reshape(len(along), -1)
-        product = product.view(rows.shape).addcmul_(along.unsqueeze(-1), rows).view(new.shape)
+        product = torch.mm(d_raw, weight.t()).addcmul_(along.unsqueeze(-1), rows).view(new.shape)
         into = product if into is None else product.add_(into)
     if layer_output is None:
         return None, into.to(streams.dtype), None
@@ -466,9 +478,8 @@ class HyperStep(torch.autograd.Function):
             weight = ctx.family.weight(*given)
             rows = new.to(dtype).reshape(-1, len(weight))
             d_parameters = of_parameters((d_raw.t() @ rows).t())
-            of_f = torch.mm(d_raw, weight.t()), along
             d_y, d_streams, d_coefficients = _streams_backward(
-                of_f, grad_h, grad_new, new, made, layer_output, streams, coefficients
+                (d_raw, along, weight), grad_h, grad_new, new, made, layer_output, streams, coefficients
             )
         return (
             d_y,

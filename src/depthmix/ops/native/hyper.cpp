@@ -6,15 +6,41 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 namespace {
 
-inline float dot(const float* a, const float* b, int64_t width) {
-    float total = 0.0f;
-#pragma omp simd reduction(+ : total)
-    for (int64_t d = 0; d < width; ++d) total += a[d] * b[d];
-    return total;
+// 16 numbers, in whatever registers the processor has; loaded from any address.
+typedef float Lanes __attribute__((vector_size(64)));
+constexpr int lanes = 16;
+
+inline Lanes load(const float* from) {
+    Lanes x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+}
+
+inline float sum(Lanes x) {
+    float part[lanes];
+    std::memcpy(part, &x, sizeof x);
+    for (int step = lanes / 2; step > 0; step /= 2)
+        for (int l = 0; l < step; ++l) part[l] += part[l + step];
+    return part[0];
+}
+
+// out[k] = a . rows[k] for rows [count, width]: a is read once, and the sums do not wait for each other.
+template <int count>
+inline void dots(float* out, const float* a, const float* rows, int64_t width) {
+    Lanes total[count] = {};
+    int64_t d = 0;
+    for (; d + lanes <= width; d += lanes) {
+        const Lanes x = load(a + d);
+        for (int k = 0; k < count; ++k) total[k] += x * load(rows + k * width + d);
+    }
+    for (int k = 0; k < count; ++k) out[k] = sum(total[k]);
+    for (; d < width; ++d)
+        for (int k = 0; k < count; ++k) out[k] += a[d] * rows[k * width + d];
 }
 
 // out = sum_i weights[i * stride] rows[i], rows [n, width].
@@ -27,6 +53,23 @@ inline void mix(float* out, const float* weights, int64_t stride, const float* r
         float total = w[0] * rows[d];
         for (int i = 1; i < n; ++i) total += w[i] * rows[i * width + d];
         out[d] = total;
+    }
+}
+
+// out += sum_k weights[k] rows[k], rows [count, width].
+inline void add_mix(float* out, const float* weights, const float* rows, int64_t count, int64_t width) {
+    int64_t d = 0;
+    for (; d + 4 * lanes <= width; d += 4 * lanes) {
+        Lanes total[4];
+        for (int l = 0; l < 4; ++l) total[l] = load(out + d + l * lanes);
+        for (int64_t k = 0; k < count; ++k)
+            for (int l = 0; l < 4; ++l) total[l] += weights[k] * load(rows + k * width + d + l * lanes);
+        std::memcpy(out + d, total, sizeof total);
+    }
+    if (d == width) return;
+    for (int64_t k = 0; k < count; ++k) {
+#pragma omp simd
+        for (int64_t e = d; e < width; ++e) out[e] += weights[k] * rows[k * width + e];
     }
 }
 
@@ -49,57 +92,59 @@ void write(int64_t N, int64_t width, int per_token, int threads, const float* y,
             const int64_t length = n * width / per_token;
             for (int r = 0; r < per_token; ++r) {
                 const float* row = tile + r * length;
-                norms[t * per_token + r] = std::sqrt(dot(row, row, length));
+                float square;
+                dots<1>(&square, row, row, length);
+                norms[t * per_token + r] = std::sqrt(square);
             }
         }
     }
 }
 
-// The gradient G of one token's new streams, and from it those of y, H and C. G is the sum of what the score's
-// product gives (product), the norm (along, one a row), the read (weight times grad_h) and the steps behind.
+// The gradient G of one token's new streams, and from it those of y, H and C. G is the sum of what f gives, of the
+// read (weight times grad_h) and of the steps behind. f sees the streams as per_token rows, multiplies each with weight
+// (given transposed, [K, row length]) and takes its norm: a row's gradient is weight d_raw + along row. Where the weight
+// is too large to be read again for every token, K is 0 and d_raw holds weight d_raw itself.
 template <int n>
-void backward(int64_t N, int64_t width, int per_token, int threads, const float* product, const float* along,
-              const float* made, const float* new_streams, const float* grad_h, const float* grad_new,
+void backward(int64_t N, int64_t width, int per_token, int threads, int64_t K, const float* d_raw,
+              const float* weight, const float* along, const float* made, const float* new_streams, const float* grad_h, const float* grad_new,
               int64_t grad_new_stride, const float* y, const float* streams, const float* coefficients, float* d_y,
               float* d_streams, float* d_coefficients) {
 #pragma omp parallel num_threads(threads)
     {
+        const float one = 1.0f;
         std::vector<float> scratch(n * width);
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < N; ++t) {
             // Where nothing was written, G is the gradient of the streams itself.
             float* grad = y ? scratch.data() : d_streams + t * n * width;
-            for (int j = 0; j < n; ++j) {
-                const int64_t at = (t * n + j) * width;
-                const float a = product ? along[t * per_token + (per_token == n ? j : 0)] : 0.0f;
-                const float weight = grad_h ? made[(t * (n + 2) + n + 1) * n + j] : 0.0f;
-                const float* behind = grad_new ? grad_new + t * grad_new_stride + j * width : nullptr;
-                float* g = grad + j * width;
-                if (product) {
-#pragma omp simd
-                    for (int64_t d = 0; d < width; ++d) g[d] = product[at + d] + a * new_streams[at + d];
-                } else {
-                    for (int64_t d = 0; d < width; ++d) g[d] = 0.0f;
+            const float* tile = new_streams + t * n * width;
+            for (int64_t d = 0; d < n * width; ++d) grad[d] = 0.0f;
+            if (d_raw) {
+                const int64_t length = n * width / per_token;
+                for (int r = 0; r < per_token; ++r) {
+                    const int64_t row = t * per_token + r;
+                    add_mix(grad + r * length, along + row, tile + r * length, 1, length);
+                    if (K > 0)
+                        add_mix(grad + r * length, d_raw + row * K, weight, K, length);
+                    else
+                        add_mix(grad + r * length, &one, d_raw + row * length, 1, length);
                 }
-                if (grad_h) {
-                    const float* h = grad_h + t * width;
+            }
+            if (grad_h)
+                for (int j = 0; j < n; ++j)
+                    add_mix(grad + j * width, made + (t * (n + 2) + n + 1) * n + j, grad_h + t * width, 1, width);
+            if (grad_new) {
+                const float* behind = grad_new + t * grad_new_stride;
 #pragma omp simd
-                    for (int64_t d = 0; d < width; ++d) g[d] += weight * h[d];
-                }
-                if (behind) {
-#pragma omp simd
-                    for (int64_t d = 0; d < width; ++d) g[d] += behind[d];
-                }
+                for (int64_t d = 0; d < n * width; ++d) grad[d] += behind[d];
             }
             if (!y) continue;
             const float* c = coefficients + t * (n + 2) * n;
             const float* s = streams + t * n * width;
             float* d_c = d_coefficients + t * (n + 2) * n;
-            for (int j = 0; j < n; ++j) {
-                for (int i = 0; i < n; ++i) d_c[i * n + j] = dot(s + i * width, grad + j * width, width);
-                d_c[n * n + j] = dot(y + t * width, grad + j * width, width);
-                d_c[n * n + n + j] = 0.0f;
-            }
+            for (int i = 0; i < n; ++i) dots<n>(d_c + i * n, s + i * width, grad, width);
+            dots<n>(d_c + n * n, y + t * width, grad, width);
+            for (int j = 0; j < n; ++j) d_c[n * n + n + j] = 0.0f;
             for (int i = 0; i < n; ++i) mix<n>(d_streams + (t * n + i) * width, c + i * n, 1, grad, width);
             mix<n>(d_y + t * width, c + n * n, 1, grad, width);
         }
@@ -110,8 +155,11 @@ void backward(int64_t N, int64_t width, int per_token, int threads, const float*
 template <int n>
 void add_dots(int64_t N, int64_t width, int threads, const float* streams, const float* x, float* out) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t t = 0; t < N; ++t)
-        for (int i = 0; i < n; ++i) out[i * N + t] += dot(streams + (t * n + i) * width, x + t * width, width);
+    for (int64_t t = 0; t < N; ++t) {
+        float found[n];
+        dots<n>(found, x + t * width, streams + t * n * width, width);
+        for (int i = 0; i < n; ++i) out[i * N + t] += found[i];
+    }
 }
 
 template <int n>
@@ -122,8 +170,6 @@ void read(int64_t N, int64_t width, int threads, const float* streams, const flo
 }
 
 // Sinkhorn on 16 matrices at once: entry (i, j) of token t at [(i * n + j) * N + t].
-constexpr int lanes = 16;
-
 template <int n>
 struct Block {
     float entry[n][n][lanes];
@@ -238,13 +284,13 @@ void hyper_write(int64_t N, int64_t n, int64_t width, int64_t per_token, int64_t
 #undef CALL
 }
 
-void hyper_backward(int64_t N, int64_t n, int64_t width, int64_t per_token, int64_t threads, const float* product,
-                    const float* along, const float* made, const float* new_streams, const float* grad_h,
+void hyper_backward(int64_t N, int64_t n, int64_t width, int64_t per_token, int64_t threads, int64_t K,
+                    const float* d_raw, const float* weight, const float* along, const float* made, const float* new_streams, const float* grad_h,
                     const float* grad_new, int64_t grad_new_stride, const float* y, const float* streams,
                     const float* coefficients, float* d_y, float* d_streams, float* d_coefficients) {
 #define CALL(k)                                                                                                       \
-    backward<k>(N, width, per_token, threads, product, along, made, new_streams, grad_h, grad_new, grad_new_stride, y, \
-                streams, coefficients, d_y, d_streams, d_coefficients)
+    backward<k>(N, width, per_token, threads, K, d_raw, weight, along, made, new_streams, grad_h, grad_new,            \
+                grad_new_stride, y, streams, coefficients, d_y, d_streams, d_coefficients)
     FOR_N(CALL)
 #undef CALL
 }
