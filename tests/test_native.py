@@ -171,6 +171,16 @@ def ask(code="from depthmix.ops import native; print(native.status())", **enviro
     )
 
 
+def test_it_uses_the_threads_of_torch():
+    """Two OpenMP libraries in one process spin against each other."""
+    code = (
+        "from depthmix.ops import native; print(native.status())\n"
+        "print(len({l.split()[-1] for l in open('/proc/self/maps') if '/libgomp' in l or 'omp.so' in l}))"
+    )
+    status, libraries = ask(code).stdout.splitlines()
+    assert status.startswith("on") and libraries == "1"
+
+
 def test_switched_off():
     assert ask(DEPTHMIX_NATIVE="0").stdout.strip() == "off: DEPTHMIX_NATIVE=0"
 
