@@ -135,14 +135,24 @@ def _pairs(groups: Groups, name: str, baseline: str) -> list[tuple[RunRecord, Ru
     ]
 
 
+def _beyond(values: dict[str, list[float]]) -> dict[str, float]:
+    """Connections more than five times as far from zero as the median one, of at least four: each one's extreme."""
+    extremes = {name: max(v, key=abs) for name, v in values.items() if v and np.isfinite(v).all()}
+    if len(extremes) < 4:
+        return {}
+    typical = np.median([abs(v) for v in extremes.values()])
+    return {name: float(v) for name, v in extremes.items() if abs(v) > 5 * typical > 0}
+
+
 def draw_difference(ax, groups: Groups, baseline: str, ink: str) -> bool:
     """Loss minus the baseline's on the same batches: smoothed line (band: s.e. over seeds), validation dots.
 
+    A connection that failed (:func:`_beyond`) would flatten all others: it leaves the axis and is named.
     False when there is nothing to subtract.
     """
     size, label = _token_axis(groups)
     styles = _style(list(groups), baseline, ink)
-    seen, drawn = [0.0], False
+    values, drawn = {}, False
     for name in groups:
         pairs = _pairs(groups, name, baseline) if name != baseline else []
         if not pairs:
@@ -157,7 +167,7 @@ def draw_difference(ax, groups: Groups, baseline: str, ink: str) -> bool:
         x = pairs[0][0].train["tokens"][:length] / size
         ax.plot(*_thin(x, mean), color=colour, linestyle=line, linewidth=1.5, label=name)
         drawn = True
-        seen += list(mean[length // 10 :])
+        values[name] = list(mean[length // 10 :])
         if len(pairs) > 1:
             error = lines.std(axis=0, ddof=1) / np.sqrt(len(pairs))
             ax.fill_between(x, mean - error, mean + error, color=colour, alpha=0.18, linewidth=0)
@@ -170,11 +180,17 @@ def draw_difference(ax, groups: Groups, baseline: str, ink: str) -> bool:
                 x, points.mean(axis=0), error, fmt="o", color=colour, markersize=4, markeredgecolor=ink,
                 markeredgewidth=0.6, elinewidth=1, capsize=2,
             )  # fmt: skip
-            seen += list(points.mean(axis=0)[x >= x[-1] / 10])
+            values[name] += list(points.mean(axis=0)[x >= x[-1] / 10])
     ax.axhline(0, color=ink, linewidth=1, alpha=0.7, label=baseline)
+    beyond = _beyond(values)
+    seen = np.array([0.0, *(v for name in values if name not in beyond for v in values[name])])
     low, high = np.nanmin(seen), np.nanmax(seen)
     if np.isfinite([low, high]).all() and high > low:
         ax.set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
+    if beyond:
+        named = "\n".join(f"{name}: {extreme:+.2f}" for name, extreme in beyond.items())
+        ax.text(0.98, 0.97, f"beyond the axis, up to\n{named}", transform=ax.transAxes, ha="right", va="top",
+                color=ink, fontsize="small")  # fmt: skip
     ax.set_xlim(left=0)
     ax.set_xlabel(label)
     ax.set_ylabel(f"loss − {baseline}'s (nats)")
