@@ -96,3 +96,15 @@ def test_depth_tables_are_those_of_the_file():
             assert line[1::3] == [f"{c['gradient_first']['median']:.1g}" for c in cells]
             assert line[2::3] == [c["verdict"] for c in cells]
     assert f"{data['unigram_loss']:.3f}" in page
+
+
+def test_the_comparison_is_that_of_the_file():
+    page = text("connections.md")
+    measured = json.loads((ROOT / "results/compare-all-quick.json").read_text())["residuals"]
+    assert {row["residual"] for row in measured} == set(available_residuals())
+    for row in measured:
+        difference = row["val_loss_difference"]
+        shown = "–" if difference is None else f"{difference:+.4f}"
+        assert [f"{row['train_loss']:.4f}", f"{row['val_loss']:.4f}", shown] in rows(
+            page, f"`{row['residual']}`"
+        )

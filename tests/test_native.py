@@ -142,6 +142,17 @@ def test_bits_do_not_depend_on_threads_and_repeat(kind):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_no_tokens(kind):
+    family = FAMILIES[kind](4)
+    inputs = draw(4, 8, family, 1, torch.float32)
+    y, streams, coefficients = (x.detach()[:0].requires_grad_() for x in inputs[:3])
+    h, new, made = hyper.step(y, streams, coefficients, family, inputs[3:])
+    (h.sum() + new.sum() + made.sum()).backward()
+    assert h.shape == (0, 8) and streams.grad.shape == (0, 4, 8)
+    assert all((p.grad == 0).all() for p in inputs[3:] if p is not None)
+
+
 def test_strided_inputs(without):
     """A gradient that is a slice or an expanded number, streams that are a transposed view."""
     family = FAMILIES["layer"](4)

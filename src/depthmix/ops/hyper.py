@@ -128,7 +128,8 @@ class HyperDynamic:
     def coefficients(self, raw, norms, projection, static, scale, norm_weight, norm_bias):
         n = self.n
         square = _tokens_last(norms.view(-1, n)).square_().div_(projection.shape[0])
-        raw = _tokens_last(raw.view(len(raw) // n, -1)).view(n, -1, len(raw) // n)
+        N, K = len(raw) // n, raw.shape[1]
+        raw = _tokens_last(raw.view(N, n * K)).view(n, K, N)
         mean = None
         if self.norm == "layer":
             mean = raw[:, n + 2].clone()
@@ -142,7 +143,7 @@ class HyperDynamic:
         value = self._value(score, projection, norm_bias)
         value = torch.addcmul(static.unsqueeze(-1), value, self.columns(scale).unsqueeze(-1))
         laid_out = torch.cat([value[:, 1 : n + 1], value[None, :, n + 1], value[None, :, 0]])
-        return _tokens_first(laid_out).view(-1, n + 2, n), (score, r, mean)
+        return _tokens_first(laid_out).view(N, n + 2, n), (score, r, mean)
 
     def _value(self, score, projection, norm_bias):
         """``score [n, n + 2, N]``, of the norm without its bias, to what the scale multiplies."""
@@ -176,7 +177,7 @@ class HyperDynamic:
             # the weight is 1 / D, so what it is given here is D times the gradient of each feature.
             mean_part = (of_score * mean.unsqueeze(1)).sum(-1).sum(0)
             torch.mul(along, mean, out=d_raw[:, columns]).mul_(-width)
-        d_raw = _tokens_first(d_raw).view(N * n, -1)
+        d_raw = _tokens_first(d_raw).view(N * n, d_raw.shape[1])
 
         def of_parameters(d_weight):
             d_weight = d_weight[:, :columns]
@@ -205,7 +206,7 @@ def _tokens_last(x: Tensor) -> Tensor:
 
 def _tokens_first(x: Tensor) -> Tensor:
     """A copy, ``[..., N] -> [N, k]``."""
-    return x.view(1, -1, x.shape[-1]).mT.clone(memory_format=torch.contiguous_format)[0]
+    return x.flatten(0, -2).unsqueeze(0).mT.clone(memory_format=torch.contiguous_format)[0]
 
 
 # --- f on the manifold ------------------------------------------------------------------------
@@ -327,18 +328,8 @@ def _write(y: Tensor, streams: Tensor, coefficients: Tensor, per_token: int) -> 
         y, streams, coefficients = y.contiguous(), streams.contiguous(), coefficients.contiguous()
         new, norms = torch.empty_like(streams), streams.new_empty(N * per_token)
         native.call(
-            "hyper_write",
-            N,
-            n,
-            width,
-            per_token,
-            torch.get_num_threads(),
-            y,
-            streams,
-            coefficients,
-            new,
-            norms,
-        )
+            "hyper_write", N, n, width, per_token, torch.get_num_threads(), y, streams, coefficients, new, norms
+        )  # fmt: skip
         return new, norms
     dtype = coefficients.dtype
     new = torch.bmm(coefficients[:, :n].mT, streams.to(dtype))
@@ -406,7 +397,7 @@ def _streams_backward(read, grad_h, grad_new, new, made, layer_output, streams, 
         )
         K, per_token = 0, 1
         if read is not None:
-            K, per_token = d_raw.shape[1], len(d_raw) // N
+            K, per_token = d_raw.shape[1], n * width // len(weight)
             if weight.numel() <= FUSED_WEIGHT:
                 weight = weight.t().contiguous()
             else:
@@ -471,7 +462,7 @@ class HyperStep(torch.autograd.Function):
             if grad_made is None:
                 d_made = made.new_zeros(n + 2, n, N)
             else:
-                d_made = _tokens_last(grad_made.reshape(N, -1)).view(n + 2, n, N)
+                d_made = _tokens_last(grad_made.flatten(1)).view(n + 2, n, N)
             if grad_h is not None:
                 _add_inner(d_made[n + 1], new, grad_h)
             d_raw, along, of_parameters = ctx.family.backward(d_made, given, kept)
