@@ -716,7 +716,7 @@ def _environment(device: torch.device) -> dict[str, str]:
         "device_name": torch.cuda.get_device_name(device) if cuda else platform.machine(),
         "cuda": str(torch.version.cuda) if cuda else "none",
         "threads": str(torch.get_num_threads()),
-        "cpu_kernels": "none" if cuda else native.plan()[1],
+        "cpu_kernels": "none" if cuda else native.status(),
     }
 
 
