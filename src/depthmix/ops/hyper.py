@@ -375,15 +375,15 @@ FUSED_WEIGHT = 1 << 13
 """Numbers in the weight of f, at most, for a CPU kernel to multiply with it: it must stay in the fastest cache."""
 
 
-def _streams_backward(read, grad_h, grad_new, new, made, layer_output, streams, coefficients):
+def _streams_backward(of_f, grad_h, grad_new, new, made, layer_output, streams, coefficients):
     """Gradients ``(y, H, C)`` of a step, or ``(None, H, None)`` where nothing was written.
 
-    The gradient of the new streams has up to three parts: that of f, ``read = (d_raw [rows, K], along [rows],
+    The gradient of the new streams has up to three parts: that of f, ``of_f = (d_raw [rows, K], along [rows],
     weight [row length, K])``, which is ``d_raw weight^T + along row``; that of the read, made of ``grad_h [N, D]``;
     and ``grad_new [N, n, D]``.
     """
     N, n, width = new.shape
-    d_raw, along, weight = read or (None, None, None)
+    d_raw, along, weight = of_f or (None, None, None)
     tensors = (d_raw, along, weight, made, new, grad_h, grad_new, layer_output, streams, coefficients)
     if native.usable(*tensors, n=n):
         grad_h, layer_output, streams, coefficients, new = (
@@ -396,7 +396,7 @@ def _streams_backward(read, grad_h, grad_new, new, made, layer_output, streams, 
             None if x is None else torch.empty_like(x) for x in (layer_output, coefficients)
         )
         K, per_token = 0, 1
-        if read is not None:
+        if of_f is not None:
             K, per_token = d_raw.shape[1], n * width // len(weight)
             if weight.numel() <= FUSED_WEIGHT:
                 weight = weight.t().contiguous()
@@ -413,7 +413,7 @@ def _streams_backward(read, grad_h, grad_new, new, made, layer_output, streams, 
         weights = made[:, n + 1].unsqueeze(-1)
         g = grad_h.to(made.dtype).unsqueeze(1)
         into = weights * g if into is None else torch.addcmul(into, weights, g)
-    if read is not None:
+    if of_f is not None:
         rows = new.to(along.dtype).reshape(len(along), -1)
         product = torch.mm(d_raw, weight.t()).addcmul_(along.unsqueeze(-1), rows).view(new.shape)
         into = product if into is None else product.add_(into)

@@ -16,9 +16,11 @@ every iteration (they are computed again, not kept): a division of rows takes th
 :math:`D - M \cdot \mathrm{rowsum}(D)`, with the M behind the division. That is the gradient of the function that was
 computed, and not that of its limit.
 
-On a CPU, iterations are left out once every column of every token sums to 1 to rounding: they would divide by
-1. That is so where connections start (equal logits off the diagonal) and for as long as those stay near;
-elsewhere a matrix near the identity converges slowly, and all iterations run. In the gradient none is left out.
+On a CPU, in fp32, the iterations behind the first run in :mod:`depthmix.ops.native` where it can be used, all
+of them. Where torch operations run on a CPU, iterations are left out once every column of every token sums to 1
+to rounding: they would divide by 1. That is so where connections start (equal logits off the diagonal) and for
+as long as those stay near; elsewhere a matrix near the identity converges slowly, and all iterations run. In
+the gradient none is left out.
 """
 
 import torch
