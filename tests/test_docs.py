@@ -73,6 +73,10 @@ def test_costs_are_those_of_the_files():
             f"{share:.1f} %",
             f"{row['saved_bytes_per_token']:,}",
         ]
+    without = json.loads((ROOT / "benchmarks/results/connections-cpu-torch.json").read_text())
+    assert without["machine"]["cpu_kernels"] == "off: DEPTHMIX_NATIVE=0"
+    ratios = ["{ratio:.2f}".format(**row) for row in without["presets"][0]["rows"][1:]]
+    assert "Without kernels the three take {}, {} and {} times".format(*ratios) in " ".join(page.split())
     for row in json.loads((ROOT / "benchmarks/results/peer-modules-cpu.json").read_text())["rows"]:
         size = "{} × {} × {}".format(*row["size"])
         package = f"{row['package']}, `{row['module']}`"
