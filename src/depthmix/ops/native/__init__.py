@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from torch import Tensor
 
 LARGEST_N = 8
 """Streams, at most, that the kernels are compiled for."""
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-std=c++17", "-shared", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-std=c++17", "-fPIC")
 
 
 def status() -> str:
@@ -49,16 +50,22 @@ def usable(*tensors: Tensor | None, n: int) -> bool:
 
 
 def call(name: str, *arguments) -> None:
-    """Run kernel ``name``: tensors become pointers, ``None`` a null pointer, everything else a 64-bit integer."""
-    kernel = getattr(_load()[0], name)
-    kernel(
-        *(
-            ctypes.c_void_p(a if a is None else a.data_ptr())
-            if a is None or isinstance(a, Tensor)
-            else ctypes.c_int64(a)
-            for a in arguments
-        )
-    )
+    """Run kernel ``name``.
+
+    Tensors become pointers and ``None`` a null pointer, a list of tensors an array of pointers, a list of whole
+    numbers an array of int64, a float a double, everything else an int64.
+    """
+    getattr(_load()[0], name)(*map(_argument, arguments))
+
+
+def _argument(value):
+    if value is None or isinstance(value, Tensor):
+        return ctypes.c_void_p(None if value is None else value.data_ptr())
+    if isinstance(value, list):
+        if value and isinstance(value[0], int):
+            return (ctypes.c_int64 * len(value))(*value)
+        return (ctypes.c_void_p * len(value))(*(None if x is None else x.data_ptr() for x in value))
+    return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_int64(value)
 
 
 @functools.cache
@@ -102,35 +109,44 @@ def _openmp() -> list[str]:
 
 
 def _compiled(compiler: str) -> Path:
-    source = Path(__file__).with_name("hyper.cpp")
-    flags = [*FLAGS, *_openmp()]
+    here = Path(__file__).parent
+    sources, headers = sorted(here.glob("*.cpp")), sorted(here.glob("*.h"))
+    openmp = _openmp()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     key = hashlib.sha256()
-    for part in (source.read_bytes(), version, compiler, *flags, _processor(), torch.__version__):
+    texts = [source.read_bytes() for source in (*sources, *headers)]
+    for part in (*texts, version, compiler, *FLAGS, *openmp, _processor(), torch.__version__):
         key.update(part if isinstance(part, bytes) else part.encode())
         key.update(b"\0")
     folder = Path(os.environ.get("DEPTHMIX_CACHE") or "~/.cache/depthmix").expanduser() / "native"
-    path = folder / f"hyper-{key.hexdigest()[:16]}.so"
+    path = folder / f"kernels-{key.hexdigest()[:16]}.so"
     if path.exists():
         return path
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        build = tempfile.mkdtemp(prefix="build-", dir=folder)
+        build = Path(tempfile.mkdtemp(prefix="build-", dir=folder))
     except OSError:  # a home that cannot be written to
-        folder = Path(tempfile.mkdtemp(prefix="depthmix-"))
-        build, path = str(folder), folder / path.name
+        folder = build = Path(tempfile.mkdtemp(prefix="depthmix-"))
+        path = folder / path.name
     try:
-        made = Path(build) / "made.so"
-        # Libraries behind the source: the linker takes what is asked for by then.
-        subprocess.run(
-            [compiler, *FLAGS, "-o", str(made), str(source), *flags[len(FLAGS) :]],
-            capture_output=True, text=True, check=True, timeout=300,
-        )  # fmt: skip
-        made.replace(path)  # whole or not at all, whoever else compiles at the same time
+        objects = [build / f"{source.stem}.o" for source in sources]
+        with ThreadPoolExecutor() as pool:  # a compiler uses one core
+            for made in [
+                pool.submit(_run, compiler, *FLAGS, "-c", source, "-o", target)
+                for source, target in zip(sources, objects, strict=True)
+            ]:
+                made.result()
+        # Libraries behind the objects: the linker takes what is asked for by then.
+        _run(compiler, *FLAGS, "-shared", "-o", build / "made.so", *objects, *openmp)
+        (build / "made.so").replace(path)  # whole or not at all, whoever else compiles at the same time
     finally:
-        if Path(build) != path.parent:
+        if build != path.parent:
             shutil.rmtree(build, ignore_errors=True)
     return path
+
+
+def _run(*command) -> None:
+    subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True, timeout=300)
 
 
 def _processor() -> str:
