@@ -100,7 +100,7 @@ linear = pytest.mark.parametrize("residual", [*residuals_with_map(), "toy"])
 def record(model, ids):
     """Sources, inputs and streams of a run, by wrapping forward methods (not by hooks)."""
     sources, inputs, streams = [], [], []
-    readers = [r for block in model.blocks for r in (block.attn, block.mlp)]
+    readers = [norm for block in model.blocks for norm in (block.attn.norm, block.mlp.norm)]
     sites = [s for block in model.blocks for s in (block.attn_site, block.mlp_site)]
 
     def wrap(module, before=None, after=None):
@@ -120,6 +120,7 @@ def record(model, ids):
     for reader in (*readers, model.norm):
         wrap(reader, before=lambda args: inputs.append(args[0]))
     for site in sites:
+        site.fuses_norm = False  # what the norm reads is wanted
         wrap(
             site,
             before=lambda args: sources.append(args[0]),
@@ -129,6 +130,8 @@ def record(model, ids):
         model(ids)
     for module in (model.embed, model.norm, *readers, *sites):
         del module.forward
+    for site in sites:
+        del site.fuses_norm
     return torch.stack(sources), torch.stack(inputs), streams
 
 

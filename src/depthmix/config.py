@@ -8,11 +8,12 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from .errors import UserError, suggest
 
-StreamMemory = Literal["store", "replay"]
+StreamMemory = Literal["store", "inversion", "replay"]
+Inversion = Literal["anchored", "paper"]
 Precision = Literal["fp32", "autocast", "bf16"]
 ScoreScale = Literal["paper", "unit"]
 IndependentInit = Literal["paper", "sigmoid"]
@@ -44,9 +45,16 @@ class GPTConfig:
     """Parallel residual streams n; used by connections that have streams."""
     stream_memory: StreamMemory = "replay"
     """How the backward pass gets the streams: store keeps all of them; replay keeps anchors and
-    recomputes the rest, bit-identical."""
+    recomputes the rest, bit-identical; inversion undoes the lerps, within a tolerance."""
     replay_window: int = 8
-    """Sublayers per anchor with stream_memory = replay: more keep less and recompute the same."""
+    """Sublayers per anchor with stream_memory = replay: more keep less and recompute more."""
+    inversion: Inversion = "anchored"
+    """With stream_memory = inversion: anchored keeps what the tolerance demands; paper keeps the rows with
+    the largest gates alone, and its error has no bound."""
+    inversion_top_p: float = 0.01
+    """With stream_memory = inversion: share of the streams' rows kept by every sublayer, 0 to 1."""
+    inversion_tolerance: float = 0.02
+    """With stream_memory = inversion: largest relative error of a reconstructed row."""
     score_scale: ScoreScale = "paper"
     """Scale of gate and pool scores: paper is 1/sqrt(D), unit is 1."""
     independent_init: IndependentInit = "paper"
@@ -106,12 +114,21 @@ class GPTConfig:
             )
         _need(self.n_streams <= 64, f"n_streams must be between 1 and 64, got {self.n_streams}")
         for name, choices in (
-            ("stream_memory", ("store", "replay")),
+            ("stream_memory", get_args(StreamMemory)),
+            ("inversion", get_args(Inversion)),
             ("score_scale", ("paper", "unit")),
             ("independent_init", ("paper", "sigmoid")),
         ):
             value = getattr(self, name)
             _need(value in choices, suggest(str(value), choices, name))
+        _need(
+            0 <= self.inversion_top_p <= 1,
+            f"inversion_top_p must be between 0 and 1, got {self.inversion_top_p}",
+        )
+        _need(
+            self.inversion_tolerance > 0,
+            f"inversion_tolerance must be positive, got {self.inversion_tolerance}",
+        )
         _need(self.norm_eps > 0, f"norm_eps must be positive, got {self.norm_eps}")
         _need(self.rope_theta > 0, f"rope_theta must be positive, got {self.rope_theta}")
 

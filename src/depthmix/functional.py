@@ -1,8 +1,8 @@
 r"""Depth mixing as stateless operations; each checks its arguments and picks an implementation.
 
-Eager calls run :mod:`depthmix.ops.eager` (gradients by hand, first order);
-inside ``torch.compile`` the plain-torch :mod:`depthmix.ops.reference` is traced instead, for
-the compiler to fuse. Both compute the equations in :mod:`depthmix.ops.reference`.
+The step and the pool are registered operations (:mod:`depthmix.ops.mgr`, :mod:`depthmix.ops.pool`), the same under
+``torch.compile`` as without, that run kernels or torch operations as :mod:`depthmix.ops.backend` says. Gradients are of
+first order. All compute the equations in :mod:`depthmix.ops.reference`.
 """
 
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .errors import UserError, suggest
 from .ops import depth_attention as depth_ops
-from .ops import eager, reference
+from .ops import eager, inversion, reference
+from .ops import mgr as mgr_ops
 from .ops.attnres import Source, SourceRead
-from .ops.replay import ReplayStep
 
 GATES = ("competitive", "independent")
 
@@ -133,29 +133,19 @@ def multi_gate_residual(
     n, width = _check_step(
         layer_output, streams, gate_weight, gate_bias, pool_weight, gate, update_weight, norm_weight
     )
-    scale = width**-0.5 if scale is None else scale
-    if torch.compiler.is_compiling():
-        h, new_streams = reference.multi_gate_residual(
-            layer_output, streams, gate_weight, gate_bias, pool_weight, gate, update_weight, scale, eps
-        )
-    else:
-        h, new_streams = eager.MultiGateStep.apply(
-            layer_output.reshape(-1, width),
-            streams.reshape(-1, n, width),
-            gate_weight, gate_bias, pool_weight, update_weight, gate, scale, eps,
-        )  # fmt: skip
-        h, new_streams = h.view(layer_output.shape), new_streams.view(streams.shape)
-    if norm_weight is not None:
-        h = rms_norm(h, norm_weight, norm_eps)
-    return h, new_streams
+    h, new_streams, _ = mgr_ops.mgr_step(
+        layer_output.reshape(-1, width), streams.reshape(-1, n, width), gate_weight, gate_bias, pool_weight,
+        update_weight, norm_weight, gate, width**-0.5 if scale is None else scale, eps, norm_eps,
+    )  # fmt: skip
+    return h.view(layer_output.shape), new_streams.view(streams.shape)
 
 
-def multi_gate_replay_step(
+def multi_gate_window_step(
     layer_output: Tensor,
     streams: Tensor,
-    token: Tensor | None,
-    history: Sequence[Tensor],
-    last: bool,
+    window: tuple[Tensor, ...],
+    since: int,
+    write: bool,
     gate_weight: Tensor,
     gate_bias: Tensor,
     pool_weight: Tensor | None,
@@ -163,34 +153,87 @@ def multi_gate_replay_step(
     gate: str = "competitive",
     update_weight: Tensor | None = None,
     eps: float = 1e-6,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
     scale: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`multi_gate_residual` as one step of a replay window (:mod:`depthmix.ops.replay`).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`multi_gate_residual` as a step of a replay window, which keeps no streams (:mod:`depthmix.ops.mgr`).
 
     Args beyond those of :func:`multi_gate_residual`:
-        token: what the step before returned; ``None`` for the first of a window.
-        history: the window's anchor ``[..., n, D]``, then ``layer_output`` and ``beta`` of every earlier step.
-        last: whether the window ends here.
+        streams: perhaps a handle: their gradient is theirs, their values are in ``window``.
+        window: ``(written, anchor, y_1, beta_1, y_2, beta_2, ...)``: the streams last written, those that entered the
+            window, both ``[..., n, D]``, and ``layer_output [..., D]`` and ``beta [..., n]`` of every step before.
+            None of them receives a gradient.
+        since: how many steps ago ``written`` was written.
+        write: whether to write the new streams; otherwise they are returned as a handle.
 
     Returns:
-        ``(h, new_streams, token, beta [..., n])``; equal to the last bit to
-        :func:`multi_gate_residual`, gradients included.
+        ``(h, new_streams, beta [..., n])``; equal to :func:`multi_gate_residual`, gradients included.
     """
-    n, width = _check_step(layer_output, streams, gate_weight, gate_bias, pool_weight, gate, update_weight)
-    scale = width**-0.5 if scale is None else scale
-    flat_history = [
-        x.reshape(-1, n, width) if i == 0 else x.reshape(-1, width if i % 2 else n)
-        for i, x in enumerate(history)
-    ]
-    h, new_streams, token, beta = ReplayStep.apply(
-        layer_output.reshape(-1, width), streams.reshape(-1, n, width), token,
-        gate_weight, gate_bias, pool_weight, update_weight, gate, scale, eps, last, *flat_history,
+    n, width = _check_step(
+        layer_output, streams, gate_weight, gate_bias, pool_weight, gate, update_weight, norm_weight
+    )
+    written, anchor, *steps = (x.detach() for x in window)
+    h, new_streams, beta = mgr_ops.mgr_window_step(
+        layer_output.reshape(-1, width), streams.reshape(-1, n, width), written.reshape(-1, n, width), since,
+        anchor.reshape(-1, n, width), [y.reshape(-1, width) for y in steps[::2]],
+        [beta.reshape(-1, n) for beta in steps[1::2]], write, gate_weight, gate_bias, pool_weight,
+        update_weight, norm_weight, gate, width**-0.5 if scale is None else scale, eps, norm_eps,
+    )  # fmt: skip
+    return h.view(layer_output.shape), new_streams.view(streams.shape), beta.view(streams.shape[:-1])
+
+
+def inversion_budget(streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`multi_gate_inversion_step` begins with: row norms, W and R, each ``[..., n]``, of
+    ``streams [..., n, D]``."""
+    return inversion.first_budget(streams.detach())
+
+
+def multi_gate_inversion_step(
+    layer_output: Tensor,
+    streams: Tensor,
+    token: Tensor | None,
+    row_norms: Tensor,
+    weight: Tensor,
+    error: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    pool_weight: Tensor | None,
+    *,
+    fallback: inversion.Fallback,
+    last: bool,
+    gate: str = "competitive",
+    update_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+    """:func:`multi_gate_residual` whose backward pass undoes it (:mod:`depthmix.ops.inversion`).
+
+    Args beyond those of :func:`multi_gate_residual`:
+        token, row_norms, weight, error: what the step before returned; the first step has no token, and the rest from
+            :func:`inversion_budget`.
+        fallback: what is kept where undoing loses too much.
+        last: whether the walk back begins here.
+
+    Returns:
+        ``(h, new_streams, token, row_norms, weight, error)``; the last step's token is ``None``.
+    """
+    n, width = _check_step(
+        layer_output, streams, gate_weight, gate_bias, pool_weight, gate, update_weight, norm_weight
+    )
+    h, new_streams, token, *budget = inversion.InversionStep.apply(
+        layer_output.reshape(-1, width), streams.reshape(-1, n, width),
+        None if token is None else token.reshape(-1, n, width),
+        *(x.reshape(-1, n) for x in (row_norms, weight, error)), gate_weight, gate_bias, pool_weight,
+        update_weight, norm_weight, (gate, width**-0.5 if scale is None else scale, eps, norm_eps), fallback, last,
     )  # fmt: skip
     return (
         h.view(layer_output.shape),
         new_streams.view(streams.shape),
-        token,
-        beta.view(streams.shape[:-1]),
+        None if token is None else token.view(streams.shape),
+        *(x.view(streams.shape[:-1]) for x in budget),
     )
 
 

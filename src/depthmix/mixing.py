@@ -322,8 +322,8 @@ def _run(model: GPT, ids: Tensor, keep_values: bool = False) -> _Trace:
         handles += [site.register_forward_pre_hook(written) for site in _sites(model)]
         if keep_values:
             handles += [site.register_forward_hook(stepped) for site in _sites(model)]
-            readers = [reader for block in model.blocks for reader in (block.attn, block.mlp)]
-            handles += [reader.register_forward_pre_hook(read) for reader in (*readers, model.norm)]
+            norms = [norm for block in model.blocks for norm in (block.attn.norm, block.mlp.norm)]
+            handles += [norm.register_forward_pre_hook(read) for norm in (*norms, model.norm)]
         with _uncompiled():
             model.hidden(ids)
     finally:

@@ -1,11 +1,11 @@
 r"""A GPT whose residual connection is a choice (paper, Appendix B).
 
 Decoder with RoPE, RMSNorm, a ReLU\ :sup:`2` MLP of width 4D, no biases, tied embeddings. A
-*sublayer* is an attention or an MLP with its own pre-norm, ``y = F(h)``; what happens between
+*sublayer* is an attention or an MLP with its own pre-norm, ``y = F(norm(h))``; what happens between
 sublayers is the business of :mod:`depthmix.residuals` alone::
 
     h, state = begin(embedding)
-    for every sublayer F:   h, state = site(F(h), state)
+    for every sublayer F:   h, state = site(F(norm(h)), state)
     logits = head(norm(finish(h, state)))
 
 Shapes: ``B`` sequences, ``T`` tokens, ``D`` features, ``H`` heads of ``d`` features, ``V`` tokens in
@@ -24,6 +24,7 @@ from .errors import UserError
 from .functional import read_depth_memory, relu_squared, rms_norm
 from .ops.reference import compute_dtype
 from .residuals import build_residual
+from .residuals.base import Site, State
 
 
 @dataclass
@@ -80,7 +81,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with its pre-norm, ``[B, T, D] -> [B, T, D]``."""
+    """Causal self-attention, ``[B, T, D] -> [B, T, D]``, on input that went through its ``norm``."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -93,7 +94,7 @@ class Attention(nn.Module):
 
     def forward(
         self,
-        h: Tensor,
+        x: Tensor,
         cos: Tensor,
         sin: Tensor,
         cache: KVCache | None = None,
@@ -101,8 +102,8 @@ class Attention(nn.Module):
         memory: tuple[Tensor, ...] | None = None,
     ):
         """With a depth ``memory`` (:meth:`Site.depth_memory`), ``(output, (memory, keys, values))``."""
-        B, T, _ = h.shape
-        qkv = self.qkv(self.norm(h)).view(B, T, self.n_head, 3, self.head_dim)
+        B, T, _ = x.shape
+        qkv = self.qkv(x).view(B, T, self.n_head, 3, self.head_dim)
         qk, v = qkv.permute(0, 2, 3, 1, 4).split([2, 1], 2)  # [B, H, 2, T, d], [B, H, 1, T, d]
         q, k = rotate(qk, cos, sin).unbind(2)
         v = v.squeeze(2)
@@ -117,7 +118,7 @@ class Attention(nn.Module):
             cache.values[layer][:, :, start:end] = v
             k, v = cache.keys[layer][:, :, :end].to(q.dtype), cache.values[layer][:, :, :end].to(q.dtype)
             if start > 0 and T > 1:
-                mask = torch.ones(T, end, dtype=torch.bool, device=h.device).tril(start)
+                mask = torch.ones(T, end, dtype=torch.bool, device=x.device).tril(start)
         causal = mask is None and k.shape[2] == T and T > 1
         if memory:
             y, memory = read_depth_memory(q, k, v, memory, depth_query=depth_query, causal=causal, mask=mask)
@@ -128,7 +129,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """ReLU\\ :sup:`2` MLP with its pre-norm, ``[B, T, D] -> [B, T, D]``."""
+    """ReLU\\ :sup:`2` MLP, ``[B, T, D] -> [B, T, D]``, on input that went through its ``norm``."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -136,9 +137,8 @@ class MLP(nn.Module):
         self.fc = nn.Linear(config.d_model, 4 * config.d_model, bias=False)
         self.proj = nn.Linear(4 * config.d_model, config.d_model, bias=False)
 
-    def forward(self, h: Tensor, show: bool = False):
-        """With ``show``, ``(output, (normed input,))``."""
-        x = self.norm(h)
+    def forward(self, x: Tensor, show: bool = False):
+        """With ``show``, ``(output, (x,))``."""
         y = self.proj(relu_squared(self.fc(x)))
         return (y, (x,)) if show else y
 
@@ -153,15 +153,44 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.mlp_site = mlp_site
 
-    def forward(self, h, state, cos, sin, cache: KVCache | None = None, layer: int = 0):
+    def forward(
+        self,
+        h,
+        state,
+        cos,
+        sin,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        *,
+        normed=False,
+        next_norm=None,
+    ):
+        """``h [B, T, D]``, state -> ``(h, state)``.
+
+        ``normed``: ``h`` has been through the attention's norm. ``next_norm``: the norm that what is returned is
+        to go through; a site may apply it while it has h at hand. Neither given, a block needs no parameter
+        but its own.
+        """
+        x = h if normed else self.attn.norm(h)
         memory = self.attn_site.depth_memory(state)
         if memory is None:
-            h, state = self.attn_site(self.attn(h, cos, sin, cache, layer), state)
-            return self.mlp_site(self.mlp(h), state)
-        y, shown = self.attn(h, cos, sin, cache, layer, memory)
-        h, state = self.attn_site(y, self.attn_site.remember(shown, state))
-        y, shown = self.mlp(h, show=True)
-        return self.mlp_site(y, self.mlp_site.remember(shown, state))
+            x, state = step_and_norm(
+                self.attn_site, self.attn(x, cos, sin, cache, layer), state, self.mlp.norm
+            )
+            return step_and_norm(self.mlp_site, self.mlp(x), state, next_norm)
+        y, shown = self.attn(x, cos, sin, cache, layer, memory)
+        state = self.attn_site.remember(shown, state)
+        x, state = step_and_norm(self.attn_site, y, state, self.mlp.norm)
+        y, shown = self.mlp(x, show=True)
+        return step_and_norm(self.mlp_site, y, self.mlp_site.remember(shown, state), next_norm)
+
+
+def step_and_norm(site: Site, y: Tensor, state: State, norm: RMSNorm | None) -> tuple[Tensor, State]:
+    """The step of ``site``, then the next sublayer's norm: as one, unless the site cannot or the norm is watched."""
+    if norm is not None and site.fuses_norm and not (norm._forward_hooks or norm._forward_pre_hooks):
+        return site(y, state, norm=norm)
+    h, state = site(y, state)
+    return h if norm is None else norm(h), state
 
 
 class GPT(nn.Module):
@@ -245,8 +274,9 @@ class GPT(nn.Module):
             dtype = torch.get_autocast_dtype(device)  # what queries and keys come in
         cos, sin = self.rope_cos[start:end].to(dtype), self.rope_sin[start:end].to(dtype)
         h, state = self.residual.begin(self.embed(ids))
-        for layer, block in enumerate(self.blocks):
-            h, state = block(h, state, cos, sin, cache, layer)
+        following = [block.attn.norm for block in self.blocks[1:]] + [None]
+        for layer, (block, norm) in enumerate(zip(self.blocks, following, strict=True)):
+            h, state = block(h, state, cos, sin, cache, layer, normed=layer > 0, next_norm=norm)
         if cache is not None:
             cache.length = end
         return self.norm(self.residual.finish(h, state))

@@ -15,6 +15,7 @@ Shapes inside this file: ``N`` tokens, ``n`` streams, ``D`` features; streams ``
 A mean square that overflows gives ``r = 0`` and a score of 0, as RMSNorm itself does.
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -78,19 +79,13 @@ def gate_forward(layer_output, streams, gate_weight, gate_bias, gate, update_wei
     return beta, r, g, r_y, g_y
 
 
-def lerp(
-    layer_output: Tensor, streams: Tensor, beta: Tensor, dtype: torch.dtype, out: Tensor | None = None
-) -> Tensor:
-    """``(1 - beta) s + beta y`` in the compute dtype, rounded to ``dtype``; into ``out`` if given.
+def lerp(layer_output: Tensor, streams: Tensor, beta: Tensor, dtype: torch.dtype) -> Tensor:
+    """``(1 - beta) s + beta y`` in the compute dtype, rounded to ``dtype``.
 
     The one place where streams are advanced: replay repeats this call and gets the same bits.
     """
     beta = beta.unsqueeze(-1)
-    target = out if out is not None and out.dtype == streams.dtype else None
-    new = torch.mul(streams, 1 - beta, out=target).addcmul_(beta, layer_output.unsqueeze(-2))
-    if out is None:
-        return new.to(dtype)
-    return out if target is not None else out.copy_(new)
+    return torch.mul(streams, 1 - beta).addcmul_(beta, layer_output.unsqueeze(-2)).to(dtype)
 
 
 def pool_forward(streams: Tensor, pool_weight: Tensor | None, scale: float, eps: float):
@@ -166,71 +161,81 @@ def _plain(device: torch.device):
     return torch.autocast(device.type, enabled=False)
 
 
-def step_forward(layer_output, streams, gate_weight, gate_bias, pool_weight, update_weight, gate, scale, eps):
-    """``(h [N, D], new_streams [N, n, D], kept)``; ``kept`` is what :func:`step_backward` needs per stream."""
+def entering_streams(streams: Tensor, outputs: Sequence[Tensor], gates: Sequence[Tensor]) -> Tensor:
+    """``streams [N, n, D]`` advanced by earlier steps' ``outputs [N, D]`` and ``gates [N, n]``, one after another."""
+    dtype = compute_dtype(streams.dtype)
+    with _plain(streams.device):
+        for y, beta in zip(outputs, gates, strict=True):
+            streams = lerp(y.to(dtype), streams.to(dtype), beta, streams.dtype)
+    return streams
+
+
+def step_forward(
+    layer_output, streams, outputs, gates, gate_weight, gate_bias, pool_weight, update_weight, norm_weight,
+    gate, scale, eps, norm_eps, write=True,
+):  # fmt: skip
+    """``(h [N, D], new_streams [N, n, D] or None, beta [N, n])``; see :mod:`depthmix.ops.mgr`."""
     dtype = compute_dtype(streams.dtype)
     w1, bias, w2, w3 = (_to(w, dtype) for w in (gate_weight, gate_bias, pool_weight, update_weight))
     with _plain(streams.device):
-        y, s = layer_output.to(dtype), streams.to(dtype)
-        beta, r, g, r_y, g_y = gate_forward(y, s, w1, bias, gate, w3, scale, eps)
+        y, s = layer_output.to(dtype), entering_streams(streams, outputs, gates).to(dtype)
+        beta, *_ = gate_forward(y, s, w1, bias, gate, w3, scale, eps)
         new_streams = lerp(y, s, beta, streams.dtype)
-        h, alpha, r_new, a = pool_forward(new_streams.to(dtype), w2, scale, eps)
-    return h.to(streams.dtype), new_streams, (beta, r, g, r_y, g_y, alpha, r_new, a)
-
-
-class MultiGateStep(torch.autograd.Function):
-    """``(y [N, D], streams [N, n, D], parameters) -> (h [N, D], new_streams [N, n, D])``.
-
-    Keeps ``y``, the streams before and after, and a few numbers per stream.
-    """
-
-    @staticmethod
-    def forward(
-        ctx, layer_output, streams, gate_weight, gate_bias, pool_weight, update_weight, gate, scale, eps
-    ):
-        h, new_streams, kept = step_forward(
-            layer_output, streams, gate_weight, gate_bias, pool_weight, update_weight, gate, scale, eps
-        )
-        ctx.save_for_backward(
-            layer_output, streams, new_streams, gate_weight, gate_bias, pool_weight, update_weight, *kept
-        )
-        ctx.gate, ctx.scale = gate, scale
-        ctx.set_materialize_grads(False)
-        return h, new_streams
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_h, grad_new):
-        (
-            layer_output, streams, new_streams, gate_weight, gate_bias, pool_weight, update_weight,
-            beta, r, g, r_y, g_y, alpha, r_new, a,
-        ) = ctx.saved_tensors  # fmt: skip
-        grads = step_backward(
-            grad_h, grad_new, layer_output, streams, new_streams, gate_weight, gate_bias, pool_weight,
-            update_weight, beta, r, g, r_y, g_y, alpha, r_new, a, ctx.gate, ctx.scale,
-        )  # fmt: skip
-        return *grads, None, None, None
+        h, *_ = pool_forward(new_streams.to(dtype), w2, scale, eps)
+        h = h.to(streams.dtype)
+        if norm_weight is not None:
+            h, _ = norm_forward(h, norm_weight, norm_eps)
+    return h, new_streams if write else None, beta
 
 
 def step_backward(
-    grad_h, grad_new, layer_output, streams, new_streams, gate_weight, gate_bias, pool_weight,
-    update_weight, beta, r, g, r_y, g_y, alpha, r_new, a, gate, scale,
+    grad_h, grad_streams, layer_output, streams, outputs, gates, beta, gate_weight, gate_bias, pool_weight,
+    update_weight, norm_weight, gate, scale, eps, norm_eps,
 ):  # fmt: skip
-    """Gradients of a step in the inputs' own dtypes:
-    ``(layer_output, streams, gate_weight, gate_bias, pool_weight, update_weight)``."""
+    """Gradients in the inputs' own dtypes: ``(layer_output, streams, gate_weight, gate_bias, pool_weight,
+    update_weight, norm_weight)``; see :mod:`depthmix.ops.mgr`."""
     dtype = compute_dtype(streams.dtype)
     w1, w2, w3 = (_to(w, dtype) for w in (gate_weight, pool_weight, update_weight))
+    d_norm = None if norm_weight is None else torch.zeros_like(norm_weight)
     with _plain(streams.device):
-        y, s = layer_output.to(dtype), streams.to(dtype)
+        y, s = layer_output.to(dtype), entering_streams(streams, outputs, gates).to(dtype)
+        new_streams = lerp(y, s, beta, streams.dtype).to(dtype)
+        h, alpha, r_new, a = pool_forward(new_streams, w2, scale, eps)
+        if norm_weight is not None and grad_h is not None:
+            h = h.to(streams.dtype)
+            r_h = _reciprocal_rms(h, norm_eps).unsqueeze(-1)
+            grad_h, d_norm = norm_backward(grad_h, h, norm_weight, r_h)
         total, d_pool = pool_backward(
-            _to(grad_h, dtype), _to(grad_new, dtype), new_streams.to(dtype), w2, alpha, r_new, a, scale
+            _to(grad_h, dtype), _to(grad_streams, dtype), new_streams, w2, alpha, r_new, a, scale
         )
+        r, r_y, g_y = _reciprocal_rms(s, eps), None, None
+        g = _score(s, w1, r, scale)
+        if w3 is not None:
+            r_y = _reciprocal_rms(y, eps)
+            g_y = _score(y, w3, r_y, scale)
         d_output, d_streams, d_gate, d_bias, d_update = gate_backward(
             total, y, s, w1, gate, w3, beta, r, g, r_y, g_y, scale
         )
-    like = (layer_output, streams, gate_weight, gate_bias, pool_weight, update_weight)
-    grads = (d_output, d_streams, d_gate, d_bias, d_pool, d_update)
+    like = (layer_output, streams, gate_weight, gate_bias, pool_weight, update_weight, norm_weight)
+    grads = (d_output, d_streams, d_gate, d_bias, d_pool, d_update, d_norm)
     return tuple(None if grad is None else grad.to(x.dtype) for grad, x in zip(grads, like, strict=True))
+
+
+def norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``(x / sqrt(mean(x^2) + eps) * weight, 1 / sqrt(...) [..., 1])`` for ``x [..., D]``."""
+    dtype = compute_dtype(x.dtype)
+    r = _reciprocal_rms(x, eps).unsqueeze(-1)
+    return (x.to(dtype) * r).mul_(weight.to(dtype)).to(x.dtype), r
+
+
+def norm_backward(grad: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of ``x`` and ``weight`` in the compute dtype."""
+    dtype, width = r.dtype, x.shape[-1]
+    x_c, grad_c, weight_c = x.to(dtype), grad.to(dtype), weight.to(dtype)
+    product = (x_c * grad_c).view(-1, width)
+    d_weight = torch.mv(product.t(), r.view(-1))
+    along_x = torch.mv(product, weight_c).view(r.shape) * r.pow(3) / -width
+    return (grad_c * weight_c).mul_(r).addcmul_(x_c, along_x), d_weight
 
 
 class AttentionPool(torch.autograd.Function):
@@ -267,23 +272,16 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        dtype = compute_dtype(x.dtype)
-        r = _reciprocal_rms(x, eps).unsqueeze(-1)
+        normed, r = norm_forward(x, weight, eps)
         ctx.save_for_backward(x, weight, r)
-        return (x.to(dtype) * r).mul_(weight.to(dtype)).to(x.dtype)
+        return normed
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, weight, r = ctx.saved_tensors
-        dtype = r.dtype
-        width = x.shape[-1]
-        x_c, grad_c, weight_c = x.to(dtype), grad.to(dtype), weight.to(dtype)
         with _plain(x.device):
-            product = (x_c * grad_c).view(-1, width)
-            d_weight = torch.mv(product.t(), r.view(-1))
-            along_x = torch.mv(product, weight_c).view(r.shape) * r.pow(3) / -width
-            d_x = (grad_c * weight_c).mul_(r).addcmul_(x_c, along_x)
+            d_x, d_weight = norm_backward(grad, x, weight, r)
         return d_x.to(x.dtype), d_weight.to(weight.dtype), None
 
 

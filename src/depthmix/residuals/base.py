@@ -47,6 +47,9 @@ class Site(nn.Module):
     per_channel = False
     """Whether a gate has one value per channel (and not one per token)."""
 
+    fuses_norm = False
+    """Whether ``forward`` takes ``norm=``, the RMSNorm of the next sublayer, and returns its input already normed."""
+
     def write(self, layer_output: Tensor, state: State) -> State:
         """Take the sublayer's output ``[B, T, D]`` into the state."""
         raise NotImplementedError

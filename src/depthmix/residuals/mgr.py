@@ -36,6 +36,8 @@ from torch import Tensor, nn
 from .. import functional
 from ..errors import UserError, suggest
 from ..ops import reference
+from ..ops.inversion import Fallback
+from ..ops.mgr import mgr_step, step_values, steps_between_writes
 from .base import Residual, Site
 from .registry import register
 
@@ -136,17 +138,22 @@ class MultiGateResidual(nn.Module):
             raise UserError(
                 f"streams must hold n = {self.n_streams} streams in dimension -2, got shape {list(streams.shape)}"
             )
-        return functional.multi_gate_residual(
-            layer_output,
-            streams,
-            self.gate_weight,
-            self.gate_bias,
-            self.pool_weight,
+        return functional.multi_gate_residual(layer_output, streams, **self._arguments())
+
+    def _arguments(self, norm: nn.Module | None = None) -> dict:
+        """What :func:`depthmix.functional.multi_gate_residual` takes besides tensors; with a norm, fused."""
+        arguments = dict(
+            gate_weight=self.gate_weight,
+            gate_bias=self.gate_bias,
+            pool_weight=self.pool_weight,
             gate=self.gate,
             update_weight=self.update_weight,
             eps=self.eps,
             scale=self.scale,
         )
+        if norm is not None:
+            arguments |= dict(norm_weight=norm.weight, norm_eps=norm.eps)
+        return arguments
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, n_streams={self.n_streams}, gate={self.gate!r}"
@@ -204,15 +211,23 @@ class RampSite(Site):
 class LerpSite(MultiGateResidual, Site):
     """State: ``(streams [B, T, n, D],)``. The backward pass finds the streams where autograd stored them."""
 
+    fuses_norm = True
+
     def write(self, layer_output, state):
         return self.forward(layer_output, state)[1]
 
     def read(self, state):
         return functional.attention_pool(state[0], self.pool_weight, scale=self.scale, eps=self.eps)
 
-    def forward(self, layer_output, state):
-        h, streams = MultiGateResidual.forward(self, layer_output, state[0])
+    def forward(self, layer_output, state, norm=None):
+        h, streams = functional.multi_gate_residual(layer_output, state[0], **self._arguments(norm))
         return h, (streams,)
+
+    def gate_values(self, layer_output: Tensor, streams: Tensor) -> Tensor:
+        """``beta [N, n]`` as the step computes it, to the last bit, for ``[N, D]`` and ``[N, n, D]``."""
+        scale = streams.shape[-1] ** -0.5 if self.scale is None else self.scale
+        parameters = self.gate_weight, self.gate_bias, self.pool_weight, self.update_weight, None
+        return mgr_step(layer_output, streams, *parameters, self.gate, scale, self.eps, self.eps)[2]
 
     def gates(self, layer_output, state):
         streams = state[0]
@@ -234,28 +249,69 @@ class LerpSite(MultiGateResidual, Site):
 
 
 class ReplaySite(LerpSite):
-    """A lerp at a fixed place in a replay window (:mod:`depthmix.ops.replay`).
+    """A lerp at place 0, 1, ... of a replay window (:mod:`depthmix.ops.mgr`); the last place ends it.
 
-    State between the steps of a window: ``(streams, token, anchor, y_1, beta_1, y_2, beta_2, ...)``;
-    between windows ``(streams,)``. Without gradients, and inside ``torch.compile`` (whose own
-    partitioner decides what is kept), this is a plain :class:`LerpSite`.
+    State inside a window: ``(streams, written, anchor, y_1, beta_1, y_2, beta_2, ...)``, with streams that are a handle
+    where they were not written; between windows ``(streams,)``. Without gradients this is a plain :class:`LerpSite`.
     """
 
-    def __init__(self, *args, first: bool, last: bool, **kwargs):
+    def __init__(self, *args, place: int, last: bool, **kwargs):
         super().__init__(*args, **kwargs)
-        self.first, self.last = first, last
+        self.place, self.last = place, last
+        self.stride = steps_between_writes(self.n_streams)
 
-    def forward(self, layer_output, state):
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return super().forward(layer_output, state)
-        streams, token, *history = (state[0], None, state[0].detach()) if self.first else state
-        h, streams, token, beta = functional.multi_gate_replay_step(
-            layer_output, streams, token, history, self.last, self.gate_weight, self.gate_bias,
-            self.pool_weight, gate=self.gate, update_weight=self.update_weight, eps=self.eps, scale=self.scale,
-        )  # fmt: skip
+    def forward(self, layer_output, state, norm=None):
+        if not torch.is_grad_enabled():
+            return super().forward(layer_output, state, norm)
+        streams, *window = state if self.place else (state[0],) * 3
+        since = self.place % self.stride
+        write = self.last or since == self.stride - 1
+        h, streams, beta = functional.multi_gate_window_step(
+            layer_output, streams, tuple(window), since, write, **self._arguments(norm)
+        )
         if self.last:
             return h, (streams,)
-        return h, (streams, token, *history, layer_output.detach(), beta)
+        written, *kept = window
+        # Values alone: autograd must find nothing behind them.
+        written = streams.detach() if write else written
+        return h, (streams, written, *kept, layer_output.detach(), beta)
+
+    def streams(self, state):
+        if len(state) > 1:
+            _, written, _, *steps = state
+            since = (self.place + 1) % self.stride
+            first = len(steps) - 2 * since
+            state = (step_values(written, steps[first::2], steps[first + 1 :: 2]),)
+        return super().streams(state)
+
+
+class InversionSite(LerpSite):
+    """A lerp whose backward pass undoes it (:mod:`depthmix.ops.inversion`).
+
+    State between the first of these sites and the last: ``(streams, token, row norms, W, R)``; outside ``(streams,)``.
+    Without gradients this is a plain :class:`LerpSite`.
+    """
+
+    def __init__(self, *args, fallback: Fallback, first: bool, last: bool, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.fallback, self.first, self.last = fallback, first, last
+        # Here and not where the class is made: it imports the compiler, which takes seconds.
+        InversionSite._untraced = torch.compiler.disable(
+            InversionSite._step, reason="what inversion keeps depends on the gates"
+        )
+
+    def forward(self, layer_output, state, norm=None):
+        if not torch.is_grad_enabled():
+            return super().forward(layer_output, state, norm)
+        return self._untraced(layer_output, state, norm)
+
+    def _step(self, layer_output, state, norm):
+        if self.first:
+            state = (*state, None, *functional.inversion_budget(state[0]))
+        h, *state = functional.multi_gate_inversion_step(
+            layer_output, *state, fallback=self.fallback, last=self.last, **self._arguments(norm)
+        )
+        return h, tuple(state[:1] if self.last else state)
 
 
 class MultiGateResiduals(Residual):
@@ -271,7 +327,10 @@ class MultiGateResiduals(Residual):
         self.eps = config.norm_eps
         self.scale = None if config.score_scale == "paper" else 1.0
         self.n_sublayers = config.n_sublayers
-        self.replay_window = config.replay_window if config.stream_memory == "replay" else None
+        self.memory, self.replay_window = config.stream_memory, config.replay_window
+        self.fallback = Fallback(
+            config.inversion_top_p, config.inversion_tolerance if config.inversion == "anchored" else None
+        )
         self.lerp_depth = config.n_sublayers - (self.n_streams - 1)
         self.init_bias = None
         if self.lerp_depth >= 1:
@@ -312,11 +371,15 @@ class MultiGateResiduals(Residual):
         if index >= self.n_streams:
             arguments = (self.d_model, self.n_streams, self.gate, self.init_bias, self.eps)
             keywords = {"update_gate": self.update_gate, "scale": self.scale}
-            if self.replay_window is None:
-                return LerpSite(*arguments, **keywords)
-            place = (index - self.n_streams) % self.replay_window
-            last = place == self.replay_window - 1 or index == self.n_sublayers
-            return ReplaySite(*arguments, **keywords, first=place == 0, last=last)
+            place, last = index - self.n_streams, index == self.n_sublayers
+            if self.memory == "replay":
+                place %= self.replay_window
+                last = last or place == self.replay_window - 1
+                return ReplaySite(*arguments, **keywords, place=place, last=last)
+            if self.memory == "inversion":
+                keywords |= {"fallback": self.fallback, "first": place == 0, "last": last}
+                return InversionSite(*arguments, **keywords)
+            return LerpSite(*arguments, **keywords)
         return RampSite(self.d_model, index + 1, index + 1 == self.n_streams, self.eps, self.scale)
 
 
@@ -340,6 +403,9 @@ _FIELDS = (
     "n_streams",
     "stream_memory",
     "replay_window",
+    "inversion",
+    "inversion_top_p",
+    "inversion_tolerance",
     "score_scale",
     "gate_base_depth",
     "gate_base_bias",
