@@ -175,10 +175,10 @@ def test_error_is_at_most_twice_that_of_torch(
 def test_sizes(n, width, tokens, dtype):
     """Several chunks of tokens, rows that are large, rows of one number.
 
-    No norm over one number, whose gradient is all cancellation, nor over a large row in few digits: how h was rounded,
-    the same in both, then decides a handful of sums.
+    No norm over one number, whose gradient is all cancellation, nor over a large row, where the six sums that make
+    the gradient of b are thousands of times smaller than what they add up: too few to compare errors by.
     """
-    norm = width > 1 and (width < 1000 or dtype is torch.float32)
+    norm = 1 < width < 1000
     check(*draw(n, width, tokens, update=True, norm=norm, dtype=dtype))
 
 
