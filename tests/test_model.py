@@ -32,7 +32,7 @@ def test_attention_against_a_loop():
     torch.nn.init.normal_(attention.norm.weight)
     h = torch.randn(2, 6, 16, dtype=torch.float64)
     cos, sin = (x.double() for x in rotary_tables(c.head_dim, 6, c.rope_theta))
-    got = attention(h, cos, sin)
+    got = attention(attention.norm(h), cos, sin)
     normed = h / (h.square().mean(-1, keepdim=True) + 1e-6).sqrt() * attention.norm.weight
     rows = attention.qkv.weight.view(2, 3, 8, 16)  # head, (q, k, v), feature
     out = torch.zeros(2, 6, 2, 8, dtype=torch.float64)
@@ -52,7 +52,7 @@ def test_mlp_is_relu_squared():
     normed = h / (h.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     hidden = normed @ mlp.fc.weight.T
     want = (torch.where(hidden > 0, hidden, 0.0) ** 2) @ mlp.proj.weight.T
-    torch.testing.assert_close(mlp(h), want, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(mlp(mlp.norm(h)), want, rtol=1e-9, atol=1e-12)
 
 
 def test_loss_is_the_mean_cross_entropy_of_the_logits():

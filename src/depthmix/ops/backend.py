@@ -8,6 +8,7 @@ an argument (a dtype, say) leaves it to torch operations.
 import os
 
 from torch import Tensor
+from torch.nn import Parameter
 
 from ..errors import UserError, suggest
 from . import native
@@ -18,14 +19,19 @@ CHOICES = ("auto", "torch", "native", "triton")
 def choose(x: Tensor) -> str:
     """``"torch"``, ``"native"`` or ``"triton"`` for operations on ``x`` and what lies beside it.
 
+    Tensors of a subclass (fake, distributed, ...) are left to torch operations.
+
     Raises:
         ValueError: ``DEPTHMIX_KERNELS`` is none of the choices, or forces kernels that cannot run here.
     """
     wanted = os.environ.get("DEPTHMIX_KERNELS") or "auto"
     if wanted not in CHOICES:
         raise UserError(suggest(wanted, CHOICES, "DEPTHMIX_KERNELS"))
-    if wanted == "torch":
-        return wanted
+    if wanted == "torch" or type(x) not in (
+        Tensor,
+        Parameter,
+    ):  # a subclass may have no numbers, or not all of them
+        return "torch"
     if wanted == "triton" or (wanted == "auto" and x.is_cuda):
         from . import triton
 
