@@ -44,30 +44,45 @@ def parameter_counts(model: GPT) -> dict[str, int]:
     return counts
 
 
+def activation_bytes_per_token(model: GPT, precision: str) -> float:
+    """Bytes kept for the backward pass by one more sequence, over its tokens (:func:`depthmix.memory.saved_bytes`).
+
+    What is kept once, whatever the batch (weights in the precision of autocast), is not in it. With
+    ``stream_memory="inversion"`` the anchors that the gates demand are counted only where there are numbers to look at.
+    """
+
+    def saved(sequences: int) -> int:
+        generator = torch.Generator(model.embed.weight.device).manual_seed(0)
+        shape = sequences, model.config.seq_len
+        ids = torch.randint(
+            0, model.config.vocab_size, shape, generator=generator, device=model.embed.weight.device
+        )
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=precision == "autocast"):
+            return saved_bytes(model, ids, ids)
+
+    # Without autocast nothing is kept once, and a second pass would find the same.
+    once = saved(1) if precision == "autocast" else 0
+    return (saved(2) - once) / (1 if once else 2) / model.config.seq_len
+
+
 def describe(config: TrainConfig) -> dict:
     """Counts for one model, as plain JSON types.
 
     ``parameters``: see :func:`parameter_counts`. ``connection_share``: the connection's part of them.
     ``flops_per_token``: ``forward`` (see :func:`forward_flops`) and ``training``, three times that.
-    ``activation_bytes_per_token``: saved for the backward pass (see :func:`depthmix.memory.saved_bytes`)
-    in the run's precision.
+    ``activation_bytes_per_token``: see :func:`activation_bytes_per_token`, in the run's precision.
     ``gate`` (Multi-Gate Residuals): ``ramp`` and ``lerp`` sublayers, ``bias`` put into the gate (Eq. 14)
     and the ``initial_beta`` per stream it gives.
     """
-    # One sequence would do; two show that nothing is counted per batch.
-    model_config, batch = config.model, 2
+    model_config = config.model
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     with FakeTensorMode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = GPT(model_config, seed=0)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
-        ids = torch.zeros(batch, model_config.seq_len, dtype=torch.long)
-        targets = torch.zeros_like(ids)
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "autocast"):
-            activation_bytes = saved_bytes(model, ids, targets)
+        activation_bytes = activation_bytes_per_token(model, config.precision)
     parameters = parameter_counts(model)
-    tokens = batch * model_config.seq_len
     flops = forward_flops(model)
     result = {
         "residual": model_config.label,
@@ -76,7 +91,7 @@ def describe(config: TrainConfig) -> dict:
         "parameters": parameters,
         "connection_share": parameters["connection"] / parameters["total"],
         "flops_per_token": {"forward": flops, "training": 3 * flops},
-        "activation_bytes_per_token": activation_bytes / tokens,
+        "activation_bytes_per_token": activation_bytes,
         "tokens_per_step": config.tokens_per_step,
         "tokens": config.tokens_per_step * config.steps,
     }

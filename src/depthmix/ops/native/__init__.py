@@ -5,8 +5,9 @@ source is plain C++ without torch's headers, so that it compiles in seconds, and
 ``$DEPTHMIX_CACHE/native`` (default ``~/.cache/depthmix/native``), named by source, compiler, flags and processor.
 
 Everything computed here is computed by torch operations as well, which is what runs where there is no compiler
-(``$CXX``, ``c++``, ``g++`` or ``clang++``), on anything but Linux, for other dtypes than a kernel takes, or with
-``DEPTHMIX_NATIVE=0`` (nothing is compiled) or ``DEPTHMIX_KERNELS=torch`` (:mod:`depthmix.ops.backend`). The two agree to rounding and not to the bit.
+(``$CXX``, ``c++``, ``g++`` or ``clang++``), on anything but Linux, for other dtypes than a kernel takes, with
+``DEPTHMIX_NATIVE=0`` (nothing is compiled) or ``DEPTHMIX_KERNELS=torch`` (:mod:`depthmix.ops.backend`). The two agree
+to rounding and not to the bit.
 
 Threads are those of torch, from the OpenMP library that torch itself has loaded: a second one would spin against
 the first.
