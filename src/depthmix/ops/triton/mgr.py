@@ -1,0 +1,624 @@
+r"""The MGR step in Triton: one pass over the streams forward, one backward.
+
+Equations of :mod:`depthmix.ops.reference` (arXiv 2605.23259, section 3.1), gradients of
+:mod:`depthmix.ops.eager`, with :math:`r_i = 1/\sqrt{\mathrm{mean}(s_i^2) + \epsilon}`:
+
+.. math::
+    g_i = c\,r_i\,(w_1 \cdot s_i) \;[+\; c\,r_y\,(w_3 \cdot y)], \qquad
+    \beta = \mathrm{softmax}([b_0, g + b])_{1..n} \;\text{or}\; \sigma(g + b)
+
+    s'_i = \mathrm{round}(\mathrm{fma}(\beta_i,\, y,\, (1 - \beta_i)\, s_i)), \qquad
+    h = \sum_i \mathrm{softmax}_i(c\,r'_i\,(w_2 \cdot s'_i))\, s'_i
+
+Fusion. A program holds the streams of a token, a tile ``[n, D]``, in registers from the first score to the last
+sum; the n x D numbers cross the memory bus once in each direction. In elements of D per token, with a window of k
+earlier steps that are lerped into the tile before anything else: forward reads n + 1 + k and writes n + 1 (1 if the
+new streams are not wanted), backward reads 2n + 2 + k and writes n + 1. The backward pass knows the streams and
+``beta``; all else is computed again, with the roundings of the forward pass.
+
+Parameter gradients take two stages in a fixed order. Backward programs are as many as the device runs at once; each
+walks over a contiguous stretch of tokens, adds up in registers and writes a row of partial sums, and the rows are
+then added. No atomics: the same device gives the same bits from run to run. Another number of
+multiprocessors means other stretches, and last bits that differ.
+
+Where a tile does not fit, the tiled kernels walk over D in blocks, several times for each token: scores of the gate;
+lerp, write and scores of the pool; pool. Later walks find the token in the L2 cache. They read the old streams and
+lerp again, which gives the same bits as reading what was written and waits for nobody. :func:`plan` decides.
+
+Shapes: ``BT`` tokens, ``NP`` >= n and ``BD`` powers of two; tiles are ``[BT, NP, BD]`` in fp32.
+Everything multiplied by the number of tokens is int64.
+"""
+
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+RESIDENT_FORWARD = 32768
+"""Numbers in the largest tile that a forward program keeps: 64 for each of 512 threads, which have 128 registers."""
+RESIDENT_BACKWARD = 16384
+"""The same backward, where the tile and its gradient are both alive."""
+
+
+class Plan(NamedTuple):
+    """How a kernel is launched."""
+
+    resident: bool
+    tokens: int
+    """at a time, BT"""
+    streams: int
+    """n padded, NP"""
+    features: int
+    """at a time, BD"""
+    warps: int
+
+
+def plan(n: int, width: int, dtype: torch.dtype, backward: bool) -> Plan:
+    """Tile and warps for ``n`` streams of ``width`` features.
+
+    It must not depend on the number of earlier steps, nor on what is written: the order of the sums over
+    features follows from it, and with it the last bits.
+    """
+    rows, columns = triton.next_power_of_2(n), triton.next_power_of_2(width)
+    limit = RESIDENT_BACKWARD if backward else RESIDENT_FORWARD
+    resident = rows * columns <= limit
+    if resident:
+        tokens = max(1, min(16, 512 // (rows * columns)))
+    else:
+        tokens = 1
+        columns = max(1, min(columns, limit // rows))
+    # A thread loads 16 bytes of one row; then all warps lie along D, and sums over streams stay inside a thread.
+    along_features = columns * dtype.itemsize // 512
+    at_most_64_numbers = tokens * rows * columns // 2048
+    return Plan(resident, tokens, rows, columns, max(1, min(16, max(along_features, at_most_64_numbers))))
+
+
+@triton.jit
+def _vector(p, b_d, m_d):
+    """A weight ``[BD]`` in fp32."""
+    return tl.load(p + b_d, mask=m_d, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _features(p, b_t, b_d, m_t, m_d, D: tl.constexpr):
+    """``[BT, BD]`` of ``[N, D]`` in fp32."""
+    p_x = p + b_t[:, None] * D + b_d[None, :]
+    return tl.load(p_x, mask=m_t[:, None] & m_d[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _tile(p, b_row, b_d, m_row, m_d, D: tl.constexpr):
+    """``[BT, NP, BD]`` of ``[N, n, D]`` in fp32."""
+    p_x = p + b_row[:, :, None] * D + b_d[None, None, :]
+    return tl.load(p_x, mask=m_row[:, :, None] & m_d[None, None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _lerp(b_s, b_y, b_beta, dtype: tl.constexpr):
+    """``(1 - beta) s + beta y`` ``[BT, NP, BD]``, rounded to ``dtype`` and back."""
+    b_beta = b_beta[:, :, None]
+    return tl.fma(b_beta, b_y[:, None, :], (1.0 - b_beta) * b_s).to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _entering(anchor, outputs, gates, b_t, b_row, b_d, m_t, m_row, m_d, D: tl.constexpr, K: tl.constexpr):
+    """The streams that enter this step: the anchor and K earlier lerps."""
+    b_s = _tile(anchor, b_row, b_d, m_row, m_d, D)
+    for j in tl.static_range(K):
+        b_y = _features(outputs[j], b_t, b_d, m_t, m_d, D)
+        b_beta = tl.load(gates[j] + b_row, mask=m_row, other=0.0)
+        b_s = _lerp(b_s, b_y, b_beta, anchor.dtype.element_ty)
+    return b_s
+
+
+@triton.jit
+def _reciprocal(b_squares, mask, D: tl.constexpr, eps):
+    """``1 / sqrt(mean square + eps)``; 0 where there is nothing, and where the mean square overflowed."""
+    return tl.where(mask, tl.rsqrt(b_squares / D + eps), 0.0)
+
+
+@triton.jit
+def _score(b_dot, b_r, scale):
+    # 0 * inf: where the mean square overflowed the normalised vector is 0, and so is its score.
+    return tl.where(b_r == 0.0, 0.0, b_dot * b_r * scale)
+
+
+@triton.jit
+def _softmax(b_logit, m_n):
+    """Over the streams, ``[BT, NP]``."""
+    b_logit = tl.where(m_n[None, :], b_logit, float("-inf"))
+    b_e = tl.exp(b_logit - tl.max(b_logit, 1)[:, None])
+    return b_e / tl.sum(b_e, 1)[:, None]
+
+
+@triton.jit
+def _gate(b_g, bias, b_n, m_n, COMPETITIVE: tl.constexpr):
+    """``beta [BT, NP]`` from scores; 0 for streams that do not exist."""
+    if COMPETITIVE:
+        b_keep = tl.load(bias).to(tl.float32)
+        b_logit = b_g + _vector(bias + 1, b_n, m_n)[None, :]
+        b_logit = tl.where(m_n[None, :], b_logit, float("-inf"))
+        b_top = tl.maximum(tl.max(b_logit, 1), b_keep)  # [BT]
+        b_e = tl.exp(b_logit - b_top[:, None])
+        b_beta = b_e / (tl.sum(b_e, 1) + tl.exp(b_keep - b_top))[:, None]
+    else:
+        b_logit = b_g + _vector(bias, b_n, m_n)[None, :]
+        b_beta = tl.where(m_n[None, :], 1.0 / (1.0 + tl.exp(-b_logit)), 0.0)
+    return b_beta
+
+
+@triton.jit
+def _forward_kernel(
+    y, streams, outputs, gates, w1, bias, w2, w3, wn, h, new, beta, N, scale, eps, norm_eps,
+    K: tl.constexpr, n: tl.constexpr, D: tl.constexpr, COMPETITIVE: tl.constexpr,
+    BT: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = streams.dtype.element_ty
+    b_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    b_n, b_d = tl.arange(0, NP), tl.arange(0, BD)
+    m_t, m_n, m_d = b_t < N, b_n < n, b_d < D
+    b_row = b_t[:, None] * n + b_n[None, :]  # [BT, NP]
+    m_row = m_t[:, None] & m_n[None, :]
+
+    b_s = _entering(streams, outputs, gates, b_t, b_row, b_d, m_t, m_row, m_d, D, K)  # [BT, NP, BD]
+    b_y = _features(y, b_t, b_d, m_t, m_d, D)  # [BT, BD]
+    b_w1 = _vector(w1, b_d, m_d)
+    b_r = _reciprocal(tl.sum(b_s * b_s, 2), m_row, D, eps)
+    b_g = _score(tl.sum(b_s * b_w1[None, None, :], 2), b_r, scale)
+    if w3 is not None:
+        b_w3 = _vector(w3, b_d, m_d)
+        b_r_y = _reciprocal(tl.sum(b_y * b_y, 1), m_t, D, eps)
+        b_g += _score(tl.sum(b_y * b_w3[None, :], 1), b_r_y, scale)[:, None]
+    b_beta = _gate(b_g, bias, b_n, m_n, COMPETITIVE)
+    tl.store(beta + b_row, b_beta, mask=m_row)
+
+    b_s = _lerp(b_s, b_y, b_beta, dtype)
+    if new is not None:
+        p_new = new + b_row[:, :, None] * D + b_d[None, None, :]
+        tl.store(p_new, b_s.to(dtype), mask=m_row[:, :, None] & m_d[None, None, :])
+
+    if w2 is not None:
+        b_w2 = _vector(w2, b_d, m_d)
+        b_r = _reciprocal(tl.sum(b_s * b_s, 2), m_row, D, eps)
+        b_alpha = _softmax(_score(tl.sum(b_s * b_w2[None, None, :], 2), b_r, scale), m_n)
+    else:
+        b_alpha = tl.where(m_row, 1.0 / n, 0.0)
+    b_h = tl.sum(b_alpha[:, :, None] * b_s, 1).to(dtype).to(tl.float32)  # [BT, BD]
+    if wn is not None:
+        b_r_h = _reciprocal(tl.sum(b_h * b_h, 1), m_t, D, norm_eps)
+        b_h = b_h * b_r_h[:, None] * _vector(wn, b_d, m_d)[None, :]
+    tl.store(h + b_t[:, None] * D + b_d[None, :], b_h.to(dtype), mask=m_t[:, None] & m_d[None, :])
+
+
+@triton.jit
+def _forward_tiled_kernel(
+    y, streams, outputs, gates, w1, bias, w2, w3, wn, h, new, beta, N, scale, eps, norm_eps,
+    K: tl.constexpr, n: tl.constexpr, D: tl.constexpr, COMPETITIVE: tl.constexpr,
+    BT: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = streams.dtype.element_ty
+    b_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    b_n, b_d0 = tl.arange(0, NP), tl.arange(0, BD)
+    m_t, m_n = b_t < N, b_n < n
+    b_row = b_t[:, None] * n + b_n[None, :]
+    m_row = m_t[:, None] & m_n[None, :]
+
+    b_squares, b_dot = tl.zeros([BT, NP], tl.float32), tl.zeros([BT, NP], tl.float32)
+    b_squares_y, b_dot_y = tl.zeros([BT], tl.float32), tl.zeros([BT], tl.float32)
+    for d in range(0, D, BD):
+        b_d = d + b_d0
+        m_d = b_d < D
+        b_s = _entering(streams, outputs, gates, b_t, b_row, b_d, m_t, m_row, m_d, D, K)
+        b_squares += tl.sum(b_s * b_s, 2)
+        b_dot += tl.sum(b_s * _vector(w1, b_d, m_d)[None, None, :], 2)
+        if w3 is not None:
+            b_y = _features(y, b_t, b_d, m_t, m_d, D)
+            b_squares_y += tl.sum(b_y * b_y, 1)
+            b_dot_y += tl.sum(b_y * _vector(w3, b_d, m_d)[None, :], 1)
+    b_g = _score(b_dot, _reciprocal(b_squares, m_row, D, eps), scale)
+    if w3 is not None:
+        b_g += _score(b_dot_y, _reciprocal(b_squares_y, m_t, D, eps), scale)[:, None]
+    b_beta = _gate(b_g, bias, b_n, m_n, COMPETITIVE)
+    tl.store(beta + b_row, b_beta, mask=m_row)
+
+    b_squares, b_dot = tl.zeros([BT, NP], tl.float32), tl.zeros([BT, NP], tl.float32)
+    if new is not None or w2 is not None:
+        for d in range(0, D, BD):
+            b_d = d + b_d0
+            m_d = b_d < D
+            b_s = _entering(streams, outputs, gates, b_t, b_row, b_d, m_t, m_row, m_d, D, K)
+            b_s = _lerp(b_s, _features(y, b_t, b_d, m_t, m_d, D), b_beta, dtype)
+            if new is not None:
+                p_new = new + b_row[:, :, None] * D + b_d[None, None, :]
+                tl.store(p_new, b_s.to(dtype), mask=m_row[:, :, None] & m_d[None, None, :])
+            if w2 is not None:
+                b_squares += tl.sum(b_s * b_s, 2)
+                b_dot += tl.sum(b_s * _vector(w2, b_d, m_d)[None, None, :], 2)
+    if w2 is not None:
+        b_alpha = _softmax(_score(b_dot, _reciprocal(b_squares, m_row, D, eps), scale), m_n)
+    else:
+        b_alpha = tl.where(m_row, 1.0 / n, 0.0)
+
+    b_squares_h = tl.zeros([BT], tl.float32)
+    for d in range(0, D, BD):
+        b_d = d + b_d0
+        m_d = b_d < D
+        b_s = _entering(streams, outputs, gates, b_t, b_row, b_d, m_t, m_row, m_d, D, K)
+        b_s = _lerp(b_s, _features(y, b_t, b_d, m_t, m_d, D), b_beta, dtype)
+        b_h = tl.sum(b_alpha[:, :, None] * b_s, 1).to(dtype)
+        tl.store(h + b_t[:, None] * D + b_d[None, :], b_h, mask=m_t[:, None] & m_d[None, :])
+        b_squares_h += tl.sum(b_h.to(tl.float32) * b_h.to(tl.float32), 1)
+    if wn is not None:
+        b_r_h = _reciprocal(b_squares_h, m_t, D, norm_eps)
+        tl.debug_barrier()  # h is read back, by other threads than wrote it for all we know
+        for d in range(0, D, BD):
+            b_d = d + b_d0
+            m_d = b_d < D
+            b_h = _features(h, b_t, b_d, m_t, m_d, D)
+            b_h = b_h * b_r_h[:, None] * _vector(wn, b_d, m_d)[None, :]
+            p_h = h + b_t[:, None] * D + b_d[None, :]
+            tl.store(p_h, b_h.to(dtype), mask=m_t[:, None] & m_d[None, :])
+
+
+@triton.jit
+def _gate_gradient(b_beta, b_d_beta, COMPETITIVE: tl.constexpr):
+    """Gradients ``[BT, NP]`` of the logits and ``[BT]`` of ``b_0``."""
+    b_mean = tl.sum(b_beta * b_d_beta, 1)  # [BT]
+    if COMPETITIVE:
+        b_d_logit = b_beta * (b_d_beta - b_mean[:, None])
+    else:
+        b_d_logit = b_beta * (1.0 - b_beta) * b_d_beta
+    return b_d_logit, -(1.0 - tl.sum(b_beta, 1)) * b_mean
+
+
+@triton.jit
+def _backward_kernel(
+    grad_h, grad_streams, y, streams, outputs, gates, beta, w1, w2, w3, wn,
+    d_y, d_s, part_w1, part_bias, part_w2, part_w3, part_wn, N, groups, scale, eps, norm_eps,
+    K: tl.constexpr, n: tl.constexpr, D: tl.constexpr, COMPETITIVE: tl.constexpr,
+    BT: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = streams.dtype.element_ty
+    i_p = tl.program_id(0).to(tl.int64)
+    b_n, b_d = tl.arange(0, NP), tl.arange(0, BD)
+    m_n, m_d = b_n < n, b_d < D
+
+    b_d_w1, b_d_w2 = tl.zeros([BT, BD], tl.float32), tl.zeros([BT, BD], tl.float32)
+    b_d_w3, b_d_wn = tl.zeros([BT, BD], tl.float32), tl.zeros([BT, BD], tl.float32)
+    b_d_bias, b_d_keep = tl.zeros([BT, NP], tl.float32), tl.zeros([BT], tl.float32)
+    for i in range(groups):
+        b_t = (i_p * groups + i) * BT + tl.arange(0, BT)
+        m_t = b_t < N
+        b_row = b_t[:, None] * n + b_n[None, :]
+        m_row = m_t[:, None] & m_n[None, :]
+        m_tile = m_row[:, :, None] & m_d[None, None, :]
+        m_td = m_t[:, None] & m_d[None, :]
+
+        # All that is read is asked for before the first sum waits for it.
+        b_s = _entering(streams, outputs, gates, b_t, b_row, b_d, m_t, m_row, m_d, D, K)  # [BT, NP, BD]
+        b_y = _features(y, b_t, b_d, m_t, m_d, D)  # [BT, BD]
+        b_beta = tl.load(beta + b_row, mask=m_row, other=0.0)  # [BT, NP]
+        if grad_streams is not None:
+            p_grad = grad_streams + b_row[:, :, None] * D + b_d[None, None, :]
+            b_grad_streams = tl.load(p_grad, mask=m_tile, other=0.0)
+        else:
+            b_grad_streams = tl.zeros([BT, NP, BD], tl.float32)
+        if grad_h is not None:
+            b_d_h = _features(grad_h, b_t, b_d, m_t, m_d, D)
+
+        b_w1 = _vector(w1, b_d, m_d)
+        b_r = _reciprocal(tl.sum(b_s * b_s, 2), m_row, D, eps)
+        b_g = _score(tl.sum(b_s * b_w1[None, None, :], 2), b_r, scale)
+
+        if grad_h is not None:
+            b_new = _lerp(b_s, b_y, b_beta, dtype)
+            if w2 is not None:
+                b_w2 = _vector(w2, b_d, m_d)
+                b_r_new = _reciprocal(tl.sum(b_new * b_new, 2), m_row, D, eps)
+                b_a = _score(tl.sum(b_new * b_w2[None, None, :], 2), b_r_new, scale)
+                b_alpha = _softmax(b_a, m_n)
+            else:
+                b_alpha = tl.where(m_row, 1.0 / n, 0.0)
+            if wn is not None:
+                b_h = tl.sum(b_alpha[:, :, None] * b_new, 1).to(dtype).to(tl.float32)
+                b_r_h = _reciprocal(tl.sum(b_h * b_h, 1), m_t, D, norm_eps)
+                b_h = b_h * b_r_h[:, None]
+                b_d_wn += b_h * b_d_h
+                b_d_h = b_d_h * _vector(wn, b_d, m_d)[None, :]
+                b_along = tl.sum(b_h * b_d_h, 1) / D
+                b_d_h = tl.fma(-b_along[:, None], b_h, b_d_h) * b_r_h[:, None]
+            b_grad = tl.fma(b_alpha[:, :, None], b_d_h[:, None, :], b_grad_streams.to(tl.float32))
+            if w2 is not None:
+                b_d_alpha = tl.sum(b_new * b_d_h[:, None, :], 2)
+                b_d_a = b_alpha * (b_d_alpha - tl.sum(b_alpha * b_d_alpha, 1)[:, None])
+                b_along_w = (b_d_a * b_r_new * scale)[:, :, None]
+                b_along_s = (b_d_a * b_a * b_r_new * b_r_new / D)[:, :, None]
+                # The gate is read anew, or the compiler would keep the new streams: a third tile in registers.
+                b_beta_again = tl.load(beta + b_row, mask=m_row, other=0.0, eviction_policy="evict_last")
+                b_new = _lerp(b_s, b_y, b_beta_again, dtype)
+                b_d_w2 += tl.sum(b_along_w * b_new, 1)
+                b_grad = tl.fma(b_along_w, b_w2[None, None, :], b_grad)
+                b_grad = tl.fma(-b_along_s, b_new, b_grad)
+        else:
+            b_grad = b_grad_streams.to(tl.float32)
+
+        b_d_beta = tl.sum((b_y[:, None, :] - b_s) * b_grad, 2)
+        b_d_logit, b_d_b0 = _gate_gradient(b_beta, b_d_beta, COMPETITIVE)
+        b_d_bias += b_d_logit
+        b_d_keep += b_d_b0
+
+        b_d_y = tl.sum(b_beta[:, :, None] * b_grad, 1)
+        if w3 is not None:
+            b_w3 = _vector(w3, b_d, m_d)
+            b_r_y = _reciprocal(tl.sum(b_y * b_y, 1), m_t, D, eps)
+            b_g_y = _score(tl.sum(b_y * b_w3[None, :], 1), b_r_y, scale)
+            b_d_g = tl.sum(b_d_logit, 1)
+            b_along_wy = (b_d_g * b_r_y * scale)[:, None]
+            b_along_y = (b_d_g * b_g_y * b_r_y * b_r_y / D)[:, None]
+            b_d_w3 += b_along_wy * b_y
+            b_d_y = tl.fma(-b_along_y, b_y, tl.fma(b_along_wy, b_w3[None, :], b_d_y))
+        tl.store(d_y + b_t[:, None] * D + b_d[None, :], b_d_y.to(d_y.dtype.element_ty), mask=m_td)
+
+        b_along_w = (b_d_logit * b_r * scale)[:, :, None]
+        b_along_s = (b_d_logit * b_g * b_r * b_r / D)[:, :, None]
+        b_d_w1 += tl.sum(b_along_w * b_s, 1)
+        b_grad = tl.fma(b_along_w, b_w1[None, None, :], (1.0 - b_beta)[:, :, None] * b_grad)
+        b_grad = tl.fma(-b_along_s, b_s, b_grad)
+        p_d_s = d_s + b_row[:, :, None] * D + b_d[None, None, :]
+        tl.store(p_d_s, b_grad.to(dtype), mask=m_tile)
+
+    tl.store(part_w1 + i_p * D + b_d, tl.sum(b_d_w1, 0), mask=m_d)
+    if w2 is not None:
+        tl.store(part_w2 + i_p * D + b_d, tl.sum(b_d_w2, 0), mask=m_d)
+    if w3 is not None:
+        tl.store(part_w3 + i_p * D + b_d, tl.sum(b_d_w3, 0), mask=m_d)
+    if wn is not None:
+        tl.store(part_wn + i_p * D + b_d, tl.sum(b_d_wn, 0), mask=m_d)
+    tl.store(part_bias + i_p * (n + 1), tl.sum(b_d_keep, 0))
+    tl.store(part_bias + i_p * (n + 1) + 1 + b_n, tl.sum(b_d_bias, 0), mask=m_n)
+
+
+@triton.jit
+def _add_to(p, b_d, m_d, b_x):
+    tl.store(p + b_d, tl.load(p + b_d, mask=m_d, other=0.0) + b_x, mask=m_d)
+
+
+@triton.jit
+def _new_gradient(
+    grad_h, grad_streams, wn, w2, b_s, b_y, b_beta, b_alpha, b_along_w2, b_along_new, b_along_h, b_r_h,
+    b_t, b_row, b_d, m_t, m_row, m_d,
+    dtype: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the new streams, as they were handed on and as they were read; the new streams
+    ``[BT, NP, BD]``; and h ``[BT, BD]``, normalised, where a norm follows."""
+    b_new = _lerp(b_s, b_y, b_beta, dtype)
+    b_h = b_y
+    if grad_streams is not None:
+        b_grad = _tile(grad_streams, b_row, b_d, m_row, m_d, D)
+    else:
+        b_grad = tl.zeros([BT, NP, BD], tl.float32)
+    if grad_h is not None:
+        b_d_h = _features(grad_h, b_t, b_d, m_t, m_d, D)
+        if wn is not None:
+            b_h = tl.sum(b_alpha[:, :, None] * b_new, 1).to(dtype).to(tl.float32) * b_r_h[:, None]
+            b_d_h = b_d_h * _vector(wn, b_d, m_d)[None, :]
+            b_d_h = tl.fma(-b_along_h[:, None], b_h, b_d_h) * b_r_h[:, None]
+        b_grad = tl.fma(b_alpha[:, :, None], b_d_h[:, None, :], b_grad)
+        if w2 is not None:
+            b_grad = tl.fma(b_along_w2[:, :, None], _vector(w2, b_d, m_d)[None, None, :], b_grad)
+            b_grad = tl.fma(-b_along_new[:, :, None], b_new, b_grad)
+    return b_grad, b_new, b_h
+
+
+@triton.jit
+def _backward_tiled_kernel(
+    grad_h, grad_streams, y, streams, outputs, gates, beta, w1, w2, w3, wn,
+    d_y, d_s, part_w1, part_bias, part_w2, part_w3, part_wn, N, groups, scale, eps, norm_eps,
+    K: tl.constexpr, n: tl.constexpr, D: tl.constexpr, COMPETITIVE: tl.constexpr,
+    BT: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = streams.dtype.element_ty
+    i_p = tl.program_id(0).to(tl.int64)
+    b_n, b_d0 = tl.arange(0, NP), tl.arange(0, BD)
+    m_n = b_n < n
+
+    b_d_bias, b_d_keep = tl.zeros([BT, NP], tl.float32), tl.zeros([BT], tl.float32)
+    for i in range(groups):
+        b_t = (i_p * groups + i) * BT + tl.arange(0, BT)
+        m_t = b_t < N
+        b_row = b_t[:, None] * n + b_n[None, :]
+        m_row = m_t[:, None] & m_n[None, :]
+        b_beta = tl.load(beta + b_row, mask=m_row, other=0.0)
+
+        # First walk: what the scores of gate and pool are made of, and the new streams times the gradient of h.
+        b_squares, b_dot = tl.zeros([BT, NP], tl.float32), tl.zeros([BT, NP], tl.float32)
+        b_squares_new, b_dot_new = tl.zeros([BT, NP], tl.float32), tl.zeros([BT, NP], tl.float32)
+        b_squares_y, b_dot_y = tl.zeros([BT], tl.float32), tl.zeros([BT], tl.float32)
+        b_d_alpha = tl.zeros([BT, NP], tl.float32)
+        for d in range(0, D, BD):
+            b_d = d + b_d0
+            m_d = b_d < D
+            b_s = _entering(streams, outputs, gates, b_t, b_row, b_d, m_t, m_row, m_d, D, K)
+            b_y = _features(y, b_t, b_d, m_t, m_d, D)
+            b_squares += tl.sum(b_s * b_s, 2)
+            b_dot += tl.sum(b_s * _vector(w1, b_d, m_d)[None, None, :], 2)
+            if w3 is not None:
+                b_squares_y += tl.sum(b_y * b_y, 1)
+                b_dot_y += tl.sum(b_y * _vector(w3, b_d, m_d)[None, :], 1)
+            if grad_h is not None and w2 is not None:
+                b_new = _lerp(b_s, b_y, b_beta, dtype)
+                b_squares_new += tl.sum(b_new * b_new, 2)
+                b_dot_new += tl.sum(b_new * _vector(w2, b_d, m_d)[None, None, :], 2)
+                b_d_h = _features(grad_h, b_t, b_d, m_t, m_d, D)
+                if wn is not None:
+                    b_d_h = b_d_h * _vector(wn, b_d, m_d)[None, :]
+                b_d_alpha += tl.sum(b_new * b_d_h[:, None, :], 2)
+        b_r = _reciprocal(b_squares, m_row, D, eps)
+        b_g = _score(b_dot, b_r, scale)
+        b_r_new = _reciprocal(b_squares_new, m_row, D, eps)
+        b_a = _score(b_dot_new, b_r_new, scale)
+        if w2 is not None:
+            b_alpha = _softmax(b_a, m_n)
+        else:
+            b_alpha = tl.where(m_row, 1.0 / n, 0.0)
+
+        # Second walk, with a norm behind the pool: its statistics, and the new streams times h.
+        b_r_h, b_along_h = tl.zeros([BT], tl.float32), tl.zeros([BT], tl.float32)
+        if grad_h is not None and wn is not None:
+            b_squares_h, b_dot_h = tl.zeros([BT], tl.float32), tl.zeros([BT], tl.float32)
+            b_new_h = tl.zeros([BT, NP], tl.float32)
+            for d in range(0, D, BD):
+                b_d = d + b_d0
+                m_d = b_d < D
+                b_s = _entering(streams, outputs, gates, b_t, b_row, b_d, m_t, m_row, m_d, D, K)
+                b_new = _lerp(b_s, _features(y, b_t, b_d, m_t, m_d, D), b_beta, dtype)
+                b_h = tl.sum(b_alpha[:, :, None] * b_new, 1).to(dtype).to(tl.float32)
+                b_d_h = _features(grad_h, b_t, b_d, m_t, m_d, D) * _vector(wn, b_d, m_d)[None, :]
+                b_squares_h += tl.sum(b_h * b_h, 1)
+                b_dot_h += tl.sum(b_h * b_d_h, 1)
+                b_new_h += tl.sum(b_new * b_h[:, None, :], 2)
+            b_r_h = _reciprocal(b_squares_h, m_t, D, norm_eps)
+            b_along_h = b_dot_h * b_r_h / D
+            b_d_alpha = (b_d_alpha - (b_along_h * b_r_h)[:, None] * b_new_h) * b_r_h[:, None]
+        b_d_a = b_alpha * (b_d_alpha - tl.sum(b_alpha * b_d_alpha, 1)[:, None])
+        b_along_w2 = b_d_a * b_r_new * scale
+        b_along_new = b_d_a * b_a * b_r_new * b_r_new / D
+
+        # Third walk: the gradient of the gate.
+        b_d_beta = tl.zeros([BT, NP], tl.float32)
+        for d in range(0, D, BD):
+            b_d = d + b_d0
+            m_d = b_d < D
+            b_s = _entering(streams, outputs, gates, b_t, b_row, b_d, m_t, m_row, m_d, D, K)
+            b_y = _features(y, b_t, b_d, m_t, m_d, D)
+            b_grad, b_new, b_h = _new_gradient(
+                grad_h, grad_streams, wn, w2, b_s, b_y, b_beta, b_alpha, b_along_w2, b_along_new, b_along_h,
+                b_r_h, b_t, b_row, b_d, m_t, m_row, m_d, dtype, D, BT, NP, BD,
+            )  # fmt: skip
+            b_d_beta += tl.sum((b_y[:, None, :] - b_s) * b_grad, 2)
+        b_d_logit, b_d_b0 = _gate_gradient(b_beta, b_d_beta, COMPETITIVE)
+        b_d_bias += b_d_logit
+        b_d_keep += b_d_b0
+        b_along_w1 = b_d_logit * b_r * scale
+        b_along_s = b_d_logit * b_g * b_r * b_r / D
+        b_r_y = _reciprocal(b_squares_y, m_t, D, eps)
+        b_d_g = tl.sum(b_d_logit, 1)
+        b_along_w3 = b_d_g * b_r_y * scale
+        b_along_y = b_d_g * _score(b_dot_y, b_r_y, scale) * b_r_y * b_r_y / D
+
+        # Last walk: everything is known.
+        for d in range(0, D, BD):
+            b_d = d + b_d0
+            m_d = b_d < D
+            b_s = _entering(streams, outputs, gates, b_t, b_row, b_d, m_t, m_row, m_d, D, K)
+            b_y = _features(y, b_t, b_d, m_t, m_d, D)
+            b_grad, b_new, b_h = _new_gradient(
+                grad_h, grad_streams, wn, w2, b_s, b_y, b_beta, b_alpha, b_along_w2, b_along_new, b_along_h,
+                b_r_h, b_t, b_row, b_d, m_t, m_row, m_d, dtype, D, BT, NP, BD,
+            )  # fmt: skip
+            if w2 is not None and grad_h is not None:
+                b_part = tl.sum(tl.sum(b_along_w2[:, :, None] * b_new, 1), 0)
+                _add_to(part_w2 + i_p * D, b_d, m_d, b_part)
+            if wn is not None and grad_h is not None:
+                b_part = tl.sum(b_h * _features(grad_h, b_t, b_d, m_t, m_d, D), 0)
+                _add_to(part_wn + i_p * D, b_d, m_d, b_part)
+            b_part = tl.sum(tl.sum(b_along_w1[:, :, None] * b_s, 1), 0)
+            _add_to(part_w1 + i_p * D, b_d, m_d, b_part)
+            b_d_y = tl.sum(b_beta[:, :, None] * b_grad, 1)
+            if w3 is not None:
+                _add_to(part_w3 + i_p * D, b_d, m_d, tl.sum(b_along_w3[:, None] * b_y, 0))
+                b_d_y = tl.fma(b_along_w3[:, None], _vector(w3, b_d, m_d)[None, :], b_d_y)
+                b_d_y = tl.fma(-b_along_y[:, None], b_y, b_d_y)
+            p_d_y = d_y + b_t[:, None] * D + b_d[None, :]
+            tl.store(p_d_y, b_d_y.to(d_y.dtype.element_ty), mask=m_t[:, None] & m_d[None, :])
+            b_grad = (1.0 - b_beta)[:, :, None] * b_grad
+            b_grad = tl.fma(b_along_w1[:, :, None], _vector(w1, b_d, m_d)[None, None, :], b_grad)
+            b_grad = tl.fma(-b_along_s[:, :, None], b_s, b_grad)
+            p_d_s = d_s + b_row[:, :, None] * D + b_d[None, None, :]
+            tl.store(p_d_s, b_grad.to(dtype), mask=m_row[:, :, None] & m_d[None, None, :])
+        tl.debug_barrier()  # the sums are read back, by other threads than wrote them for all we know
+
+    tl.store(part_bias + i_p * (n + 1), tl.sum(b_d_keep, 0))
+    tl.store(part_bias + i_p * (n + 1) + 1 + b_n, tl.sum(b_d_bias, 0), mask=m_n)
+
+
+def _launch(kernel, programs: int, chosen: Plan, device: torch.device, *arguments, **constants) -> None:
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[(programs,)](
+            *arguments, **constants,
+            BT=chosen.tokens, NP=chosen.streams, BD=chosen.features, num_warps=chosen.warps,
+        )  # fmt: skip
+
+
+def _history(layer_output: Tensor, beta: Tensor, outputs, gates) -> tuple[tuple, tuple]:
+    """Earlier outputs and gates as tuples of pointers; never empty."""
+    return tuple(outputs) or (layer_output,), tuple(gates) or (beta,)
+
+
+def step_forward(
+    layer_output, streams, outputs, gates, gate_weight, gate_bias, pool_weight, update_weight, norm_weight,
+    gate, scale, eps, norm_eps, write,
+):  # fmt: skip
+    """``(h [N, D], new_streams [N, n, D] or None, beta [N, n] fp32)``.
+
+    ``outputs`` and ``gates`` are what earlier steps of a window added to ``streams``, lerped in before this
+    one: bit for bit what those steps would have left. ``new_streams`` is ``None`` unless ``write``.
+    """
+    tokens, n, width = streams.shape
+    h = streams.new_empty(tokens, width)
+    new_streams = torch.empty_like(streams) if write else None
+    beta = streams.new_empty(tokens, n, dtype=torch.float32)
+    if tokens:
+        chosen = plan(n, width, streams.dtype, backward=False)
+        _launch(
+            _forward_kernel if chosen.resident else _forward_tiled_kernel,
+            triton.cdiv(tokens, chosen.tokens), chosen, streams.device,
+            layer_output, streams, *_history(layer_output, beta, outputs, gates),
+            gate_weight, gate_bias, pool_weight, update_weight, norm_weight, h, new_streams, beta,
+            tokens, scale, eps, norm_eps, K=len(outputs), n=n, D=width, COMPETITIVE=gate == "competitive",
+        )  # fmt: skip
+    return h, new_streams, beta
+
+
+def _programs(groups: int, warps: int, device: torch.device) -> int:
+    """Backward programs: as many as run at once, 12 warps to a multiprocessor, and not more than there is to do."""
+    if device.type != "cuda":
+        return min(groups, 3)
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return min(groups, multiprocessors * max(1, 12 // warps))
+
+
+def step_backward(
+    grad_h, grad_streams, layer_output, streams, outputs, gates, beta, gate_weight, gate_bias, pool_weight,
+    update_weight, norm_weight, gate, scale, eps, norm_eps,
+):  # fmt: skip
+    """Gradients of ``(layer_output, streams, gate_weight, gate_bias, pool_weight, update_weight,
+    norm_weight)``, ``None`` for a weight that is ``None``; ``streams`` are those that enter this step."""
+    tokens, n, width = streams.shape
+    weights = (gate_weight, pool_weight, update_weight, norm_weight)
+    if not tokens or (grad_h is None and grad_streams is None):
+        zeros = [None if x is None else torch.zeros_like(x) for x in (layer_output, streams, *weights)]
+        return *zeros[:3], torch.zeros_like(gate_bias), *zeros[3:]
+    d_output, d_streams = torch.empty_like(layer_output), torch.empty_like(streams)
+    chosen = plan(n, width, streams.dtype, backward=True)
+    groups = triton.cdiv(tokens, chosen.tokens)
+    programs = _programs(groups, chosen.warps, streams.device)
+    make = streams.new_empty if chosen.resident else streams.new_zeros
+    parts = [None if w is None else make(programs, width, dtype=torch.float32) for w in weights]
+    part_bias = streams.new_empty(programs, n + 1, dtype=torch.float32)
+    _launch(
+        _backward_kernel if chosen.resident else _backward_tiled_kernel,
+        programs, chosen, streams.device,
+        grad_h, grad_streams, layer_output, streams, *_history(layer_output, beta, outputs, gates), beta,
+        gate_weight, pool_weight, update_weight, norm_weight, d_output, d_streams,
+        parts[0], part_bias, *parts[1:], tokens, triton.cdiv(groups, programs), scale, eps, norm_eps,
+        K=len(outputs), n=n, D=width, COMPETITIVE=gate == "competitive",
+    )  # fmt: skip
+    d_gate, *d_weights = (
+        None if w is None else p.sum(0).to(w.dtype) for w, p in zip(weights, parts, strict=True)
+    )
+    d_bias = part_bias.sum(0)[0 if gate == "competitive" else 1 :].to(gate_bias.dtype)
+    return d_output, d_streams, d_gate, d_bias, *d_weights
