@@ -77,38 +77,49 @@ def plan(n: int, width: int, dtype: torch.dtype, backward: bool) -> Plan:
 
 
 @triton.jit
-def _vector(p, b_d, m_d):
-    """A weight ``[BD]`` in fp32."""
+def _places(N, first, n: tl.constexpr, BT: tl.constexpr, NP: tl.constexpr):
+    """Tokens ``[BT, 1, 1]`` from ``first`` on and rows ``[BT, NP, 1]``, with masks."""
+    b_t = first + tl.arange(0, BT)[:, None, None]
+    b_n = tl.arange(0, NP)[None, :, None]
+    m_t = b_t < N
+    return b_t, b_t * n + b_n, m_t, m_t & (b_n < n)
+
+
+@triton.jit
+def _weight(p, b_d, m_d):
+    """``[1, 1, BD]`` in fp32."""
     return tl.load(p + b_d, mask=m_d, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _features(p, b_t, b_d, m_t, m_d, D: tl.constexpr):
-    """``[BT, BD]`` of ``[N, D]`` in fp32."""
-    p_x = p + b_t[:, None] * D + b_d[None, :]
-    return tl.load(p_x, mask=m_t[:, None] & m_d[None, :], other=0.0).to(tl.float32)
+def _load(p, b_row, b_d, m_row, m_d, D: tl.constexpr):
+    """``[BT, 1, BD]`` of ``[N, D]`` or ``[BT, NP, BD]`` of ``[N, n, D]``, in fp32."""
+    return tl.load(p + b_row * D + b_d, mask=m_row & m_d, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _tile(p, b_row, b_d, m_row, m_d, D: tl.constexpr):
-    """``[BT, NP, BD]`` of ``[N, n, D]`` in fp32."""
-    p_x = p + b_row[:, :, None] * D + b_d[None, None, :]
-    return tl.load(p_x, mask=m_row[:, :, None] & m_d[None, None, :], other=0.0).to(tl.float32)
+def _store(p, b_x, b_row, b_d, m_row, m_d, D: tl.constexpr):
+    tl.store(p + b_row * D + b_d, b_x.to(p.dtype.element_ty), mask=m_row & m_d)
+
+
+@triton.jit
+def _sum(b_x, axis: tl.constexpr):
+    """Without losing the dimension: where all tensors have three, they share a layout, and nothing is replicated."""
+    return tl.sum(b_x, axis, keep_dims=True)
 
 
 @triton.jit
 def _lerp(b_s, b_y, b_beta, dtype: tl.constexpr):
     """``(1 - beta) s + beta y`` ``[BT, NP, BD]``, rounded to ``dtype`` and back."""
-    b_beta = b_beta[:, :, None]
-    return tl.fma(b_beta, b_y[:, None, :], (1.0 - b_beta) * b_s).to(dtype).to(tl.float32)
+    return tl.fma(b_beta, b_y, (1.0 - b_beta) * b_s).to(dtype).to(tl.float32)
 
 
 @triton.jit
 def _entering(anchor, outputs, gates, b_t, b_row, b_d, m_t, m_row, m_d, D: tl.constexpr, K: tl.constexpr):
     """The streams that enter this step: the anchor and K earlier lerps."""
-    b_s = _tile(anchor, b_row, b_d, m_row, m_d, D)
+    b_s = _load(anchor, b_row, b_d, m_row, m_d, D)
     for j in tl.static_range(K):
-        b_y = _features(outputs[j], b_t, b_d, m_t, m_d, D)
+        b_y = _load(outputs[j], b_t, b_d, m_t, m_d, D)
         b_beta = tl.load(gates[j] + b_row, mask=m_row, other=0.0)
         b_s = _lerp(b_s, b_y, b_beta, anchor.dtype.element_ty)
     return b_s
@@ -127,27 +138,32 @@ def _score(b_dot, b_r, scale):
 
 
 @triton.jit
-def _softmax(b_logit, m_n):
-    """Over the streams, ``[BT, NP]``."""
-    b_logit = tl.where(m_n[None, :], b_logit, float("-inf"))
-    b_e = tl.exp(b_logit - tl.max(b_logit, 1)[:, None])
-    return b_e / tl.sum(b_e, 1)[:, None]
+def _gate(b_g, bias, m_row, n: tl.constexpr, NP: tl.constexpr, COMPETITIVE: tl.constexpr):
+    """``beta [BT, NP, 1]`` from scores; 0 for streams that do not exist."""
+    b_n = tl.arange(0, NP)[None, :, None]
+    if COMPETITIVE:
+        b_keep = tl.load(bias).to(tl.float32)
+        b_logit = tl.where(m_row, b_g + _weight(bias + 1, b_n, b_n < n), float("-inf"))
+        b_top = tl.maximum(tl.max(b_logit, 1, keep_dims=True), b_keep)
+        b_e = tl.exp(b_logit - b_top)
+        b_beta = b_e / (_sum(b_e, 1) + tl.exp(b_keep - b_top))
+    else:
+        b_beta = tl.where(m_row, 1.0 / (1.0 + tl.exp(-(b_g + _weight(bias, b_n, b_n < n)))), 0.0)
+    return b_beta
 
 
 @triton.jit
-def _gate(b_g, bias, b_n, m_n, COMPETITIVE: tl.constexpr):
-    """``beta [BT, NP]`` from scores; 0 for streams that do not exist."""
-    if COMPETITIVE:
-        b_keep = tl.load(bias).to(tl.float32)
-        b_logit = b_g + _vector(bias + 1, b_n, m_n)[None, :]
-        b_logit = tl.where(m_n[None, :], b_logit, float("-inf"))
-        b_top = tl.maximum(tl.max(b_logit, 1), b_keep)  # [BT]
-        b_e = tl.exp(b_logit - b_top[:, None])
-        b_beta = b_e / (tl.sum(b_e, 1) + tl.exp(b_keep - b_top))[:, None]
-    else:
-        b_logit = b_g + _vector(bias, b_n, m_n)[None, :]
-        b_beta = tl.where(m_n[None, :], 1.0 / (1.0 + tl.exp(-b_logit)), 0.0)
-    return b_beta
+def _pool_weights(b_a, n: tl.constexpr, NP: tl.constexpr):
+    """``alpha [BT, NP, 1]``: softmax of scores over the streams."""
+    b_a = tl.where(tl.arange(0, NP)[None, :, None] < n, b_a, float("-inf"))
+    b_e = tl.exp(b_a - tl.max(b_a, 1, keep_dims=True))
+    return b_e / _sum(b_e, 1)
+
+
+@triton.jit
+def _pool(b_s, b_alpha, dtype: tl.constexpr):
+    """``h [BT, 1, BD]``, rounded to ``dtype`` and back."""
+    return _sum(b_alpha * b_s, 1).to(dtype).to(tl.float32)
 
 
 @triton.jit
@@ -157,40 +173,33 @@ def _forward_kernel(
     BT: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = streams.dtype.element_ty
-    b_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
-    b_n, b_d = tl.arange(0, NP), tl.arange(0, BD)
-    m_t, m_n, m_d = b_t < N, b_n < n, b_d < D
-    b_row = b_t[:, None] * n + b_n[None, :]  # [BT, NP]
-    m_row = m_t[:, None] & m_n[None, :]
+    b_t, b_row, m_t, m_row = _places(N, tl.program_id(0).to(tl.int64) * BT, n, BT, NP)
+    b_d = tl.arange(0, BD)[None, None, :]
+    m_d = b_d < D
 
     b_s = _entering(streams, outputs, gates, b_t, b_row, b_d, m_t, m_row, m_d, D, K)  # [BT, NP, BD]
-    b_y = _features(y, b_t, b_d, m_t, m_d, D)  # [BT, BD]
-    b_w1 = _vector(w1, b_d, m_d)
-    b_r = _reciprocal(tl.sum(b_s * b_s, 2), m_row, D, eps)
-    b_g = _score(tl.sum(b_s * b_w1[None, None, :], 2), b_r, scale)
+    b_y = _load(y, b_t, b_d, m_t, m_d, D)  # [BT, 1, BD]
+    b_r = _reciprocal(_sum(b_s * b_s, 2), m_row, D, eps)  # [BT, NP, 1]
+    b_g = _score(_sum(b_s * _weight(w1, b_d, m_d), 2), b_r, scale)
     if w3 is not None:
-        b_w3 = _vector(w3, b_d, m_d)
-        b_r_y = _reciprocal(tl.sum(b_y * b_y, 1), m_t, D, eps)
-        b_g += _score(tl.sum(b_y * b_w3[None, :], 1), b_r_y, scale)[:, None]
-    b_beta = _gate(b_g, bias, b_n, m_n, COMPETITIVE)
+        b_r_y = _reciprocal(_sum(b_y * b_y, 2), m_t, D, eps)  # [BT, 1, 1]
+        b_g += _score(_sum(b_y * _weight(w3, b_d, m_d), 2), b_r_y, scale)
+    b_beta = _gate(b_g, bias, m_row, n, NP, COMPETITIVE)
     tl.store(beta + b_row, b_beta, mask=m_row)
 
     b_s = _lerp(b_s, b_y, b_beta, dtype)
     if new is not None:
-        p_new = new + b_row[:, :, None] * D + b_d[None, None, :]
-        tl.store(p_new, b_s.to(dtype), mask=m_row[:, :, None] & m_d[None, None, :])
+        _store(new, b_s, b_row, b_d, m_row, m_d, D)
 
     if w2 is not None:
-        b_w2 = _vector(w2, b_d, m_d)
-        b_r = _reciprocal(tl.sum(b_s * b_s, 2), m_row, D, eps)
-        b_alpha = _softmax(_score(tl.sum(b_s * b_w2[None, None, :], 2), b_r, scale), m_n)
+        b_r = _reciprocal(_sum(b_s * b_s, 2), m_row, D, eps)
+        b_alpha = _pool_weights(_score(_sum(b_s * _weight(w2, b_d, m_d), 2), b_r, scale), n, NP)
     else:
         b_alpha = tl.where(m_row, 1.0 / n, 0.0)
-    b_h = tl.sum(b_alpha[:, :, None] * b_s, 1).to(dtype).to(tl.float32)  # [BT, BD]
+    b_h = _pool(b_s, b_alpha, dtype)
     if wn is not None:
-        b_r_h = _reciprocal(tl.sum(b_h * b_h, 1), m_t, D, norm_eps)
-        b_h = b_h * b_r_h[:, None] * _vector(wn, b_d, m_d)[None, :]
-    tl.store(h + b_t[:, None] * D + b_d[None, :], b_h.to(dtype), mask=m_t[:, None] & m_d[None, :])
+        b_h = b_h * _reciprocal(_sum(b_h * b_h, 2), m_t, D, norm_eps) * _weight(wn, b_d, m_d)
+    _store(h, b_h, b_t, b_d, m_t, m_d, D)
 
 
 @triton.jit
@@ -200,78 +209,84 @@ def _forward_tiled_kernel(
     BT: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = streams.dtype.element_ty
-    b_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
-    b_n, b_d0 = tl.arange(0, NP), tl.arange(0, BD)
-    m_t, m_n = b_t < N, b_n < n
-    b_row = b_t[:, None] * n + b_n[None, :]
-    m_row = m_t[:, None] & m_n[None, :]
+    b_t, b_row, m_t, m_row = _places(N, tl.program_id(0).to(tl.int64) * BT, n, BT, NP)
+    b_d0 = tl.arange(0, BD)[None, None, :]
 
-    b_squares, b_dot = tl.zeros([BT, NP], tl.float32), tl.zeros([BT, NP], tl.float32)
-    b_squares_y, b_dot_y = tl.zeros([BT], tl.float32), tl.zeros([BT], tl.float32)
+    b_squares, b_dot = tl.zeros([BT, NP, 1], tl.float32), tl.zeros([BT, NP, 1], tl.float32)
+    b_squares_y, b_dot_y = tl.zeros([BT, 1, 1], tl.float32), tl.zeros([BT, 1, 1], tl.float32)
     for d in range(0, D, BD):
         b_d = d + b_d0
         m_d = b_d < D
         b_s = _entering(streams, outputs, gates, b_t, b_row, b_d, m_t, m_row, m_d, D, K)
-        b_squares += tl.sum(b_s * b_s, 2)
-        b_dot += tl.sum(b_s * _vector(w1, b_d, m_d)[None, None, :], 2)
+        b_squares += _sum(b_s * b_s, 2)
+        b_dot += _sum(b_s * _weight(w1, b_d, m_d), 2)
         if w3 is not None:
-            b_y = _features(y, b_t, b_d, m_t, m_d, D)
-            b_squares_y += tl.sum(b_y * b_y, 1)
-            b_dot_y += tl.sum(b_y * _vector(w3, b_d, m_d)[None, :], 1)
+            b_y = _load(y, b_t, b_d, m_t, m_d, D)
+            b_squares_y += _sum(b_y * b_y, 2)
+            b_dot_y += _sum(b_y * _weight(w3, b_d, m_d), 2)
     b_g = _score(b_dot, _reciprocal(b_squares, m_row, D, eps), scale)
     if w3 is not None:
-        b_g += _score(b_dot_y, _reciprocal(b_squares_y, m_t, D, eps), scale)[:, None]
-    b_beta = _gate(b_g, bias, b_n, m_n, COMPETITIVE)
+        b_g += _score(b_dot_y, _reciprocal(b_squares_y, m_t, D, eps), scale)
+    b_beta = _gate(b_g, bias, m_row, n, NP, COMPETITIVE)
     tl.store(beta + b_row, b_beta, mask=m_row)
 
-    b_squares, b_dot = tl.zeros([BT, NP], tl.float32), tl.zeros([BT, NP], tl.float32)
+    b_squares, b_dot = tl.zeros([BT, NP, 1], tl.float32), tl.zeros([BT, NP, 1], tl.float32)
     if new is not None or w2 is not None:
         for d in range(0, D, BD):
             b_d = d + b_d0
             m_d = b_d < D
             b_s = _entering(streams, outputs, gates, b_t, b_row, b_d, m_t, m_row, m_d, D, K)
-            b_s = _lerp(b_s, _features(y, b_t, b_d, m_t, m_d, D), b_beta, dtype)
+            b_s = _lerp(b_s, _load(y, b_t, b_d, m_t, m_d, D), b_beta, dtype)
             if new is not None:
-                p_new = new + b_row[:, :, None] * D + b_d[None, None, :]
-                tl.store(p_new, b_s.to(dtype), mask=m_row[:, :, None] & m_d[None, None, :])
+                _store(new, b_s, b_row, b_d, m_row, m_d, D)
             if w2 is not None:
-                b_squares += tl.sum(b_s * b_s, 2)
-                b_dot += tl.sum(b_s * _vector(w2, b_d, m_d)[None, None, :], 2)
+                b_squares += _sum(b_s * b_s, 2)
+                b_dot += _sum(b_s * _weight(w2, b_d, m_d), 2)
     if w2 is not None:
-        b_alpha = _softmax(_score(b_dot, _reciprocal(b_squares, m_row, D, eps), scale), m_n)
+        b_alpha = _pool_weights(_score(b_dot, _reciprocal(b_squares, m_row, D, eps), scale), n, NP)
     else:
         b_alpha = tl.where(m_row, 1.0 / n, 0.0)
 
-    b_squares_h = tl.zeros([BT], tl.float32)
+    b_squares_h = tl.zeros([BT, 1, 1], tl.float32)
     for d in range(0, D, BD):
         b_d = d + b_d0
         m_d = b_d < D
         b_s = _entering(streams, outputs, gates, b_t, b_row, b_d, m_t, m_row, m_d, D, K)
-        b_s = _lerp(b_s, _features(y, b_t, b_d, m_t, m_d, D), b_beta, dtype)
-        b_h = tl.sum(b_alpha[:, :, None] * b_s, 1).to(dtype)
-        tl.store(h + b_t[:, None] * D + b_d[None, :], b_h, mask=m_t[:, None] & m_d[None, :])
-        b_squares_h += tl.sum(b_h.to(tl.float32) * b_h.to(tl.float32), 1)
+        b_h = _pool(_lerp(b_s, _load(y, b_t, b_d, m_t, m_d, D), b_beta, dtype), b_alpha, dtype)
+        _store(h, b_h, b_t, b_d, m_t, m_d, D)
+        b_squares_h += _sum(b_h * b_h, 2)
     if wn is not None:
         b_r_h = _reciprocal(b_squares_h, m_t, D, norm_eps)
         tl.debug_barrier()  # h is read back, by other threads than wrote it for all we know
         for d in range(0, D, BD):
             b_d = d + b_d0
             m_d = b_d < D
-            b_h = _features(h, b_t, b_d, m_t, m_d, D)
-            b_h = b_h * b_r_h[:, None] * _vector(wn, b_d, m_d)[None, :]
-            p_h = h + b_t[:, None] * D + b_d[None, :]
-            tl.store(p_h, b_h.to(dtype), mask=m_t[:, None] & m_d[None, :])
+            b_h = _load(h, b_t, b_d, m_t, m_d, D) * b_r_h * _weight(wn, b_d, m_d)
+            _store(h, b_h, b_t, b_d, m_t, m_d, D)
 
 
 @triton.jit
 def _gate_gradient(b_beta, b_d_beta, COMPETITIVE: tl.constexpr):
-    """Gradients ``[BT, NP]`` of the logits and ``[BT]`` of ``b_0``."""
-    b_mean = tl.sum(b_beta * b_d_beta, 1)  # [BT]
+    """Gradients ``[BT, NP, 1]`` of the logits and ``[BT, 1, 1]`` of ``b_0``."""
+    b_mean = _sum(b_beta * b_d_beta, 1)
     if COMPETITIVE:
-        b_d_logit = b_beta * (b_d_beta - b_mean[:, None])
+        b_d_logit = b_beta * (b_d_beta - b_mean)
     else:
         b_d_logit = b_beta * (1.0 - b_beta) * b_d_beta
-    return b_d_logit, -(1.0 - tl.sum(b_beta, 1)) * b_mean
+    return b_d_logit, (_sum(b_beta, 1) - 1.0) * b_mean
+
+
+@triton.jit
+def _score_gradient(b_d_score, b_score, b_r, scale, D: tl.constexpr):
+    """Factors of the weight and of the vector in ``d score * (c r w - (score r^2 / D) x)``."""
+    return b_d_score * b_r * scale, b_d_score * b_score * b_r * b_r / -D
+
+
+@triton.jit
+def _write_bias(part_bias, i_p, b_d_bias, b_d_keep, n: tl.constexpr, NP: tl.constexpr):
+    b_n = tl.arange(0, NP)[None, :, None]
+    tl.store(part_bias + i_p * (n + 1), tl.sum(b_d_keep))
+    tl.store(part_bias + i_p * (n + 1) + 1 + b_n, _sum(b_d_bias, 0), mask=b_n < n)
 
 
 @triton.jit
@@ -283,134 +298,109 @@ def _backward_kernel(
 ):  # fmt: skip
     dtype: tl.constexpr = streams.dtype.element_ty
     i_p = tl.program_id(0).to(tl.int64)
-    b_n, b_d = tl.arange(0, NP), tl.arange(0, BD)
-    m_n, m_d = b_n < n, b_d < D
+    b_d = tl.arange(0, BD)[None, None, :]
+    m_d = b_d < D
 
-    b_d_w1, b_d_w2 = tl.zeros([BT, BD], tl.float32), tl.zeros([BT, BD], tl.float32)
-    b_d_w3, b_d_wn = tl.zeros([BT, BD], tl.float32), tl.zeros([BT, BD], tl.float32)
-    b_d_bias, b_d_keep = tl.zeros([BT, NP], tl.float32), tl.zeros([BT], tl.float32)
+    b_d_w1, b_d_w2 = tl.zeros([BT, 1, BD], tl.float32), tl.zeros([BT, 1, BD], tl.float32)
+    b_d_w3, b_d_wn = tl.zeros([BT, 1, BD], tl.float32), tl.zeros([BT, 1, BD], tl.float32)
+    b_d_bias, b_d_keep = tl.zeros([BT, NP, 1], tl.float32), tl.zeros([BT, 1, 1], tl.float32)
     for i in range(groups):
-        b_t = (i_p * groups + i) * BT + tl.arange(0, BT)
-        m_t = b_t < N
-        b_row = b_t[:, None] * n + b_n[None, :]
-        m_row = m_t[:, None] & m_n[None, :]
-        m_tile = m_row[:, :, None] & m_d[None, None, :]
-        m_td = m_t[:, None] & m_d[None, :]
+        b_t, b_row, m_t, m_row = _places(N, (i_p * groups + i) * BT, n, BT, NP)
 
         # All that is read is asked for before the first sum waits for it.
         b_s = _entering(streams, outputs, gates, b_t, b_row, b_d, m_t, m_row, m_d, D, K)  # [BT, NP, BD]
-        b_y = _features(y, b_t, b_d, m_t, m_d, D)  # [BT, BD]
-        b_beta = tl.load(beta + b_row, mask=m_row, other=0.0)  # [BT, NP]
+        b_y = _load(y, b_t, b_d, m_t, m_d, D)  # [BT, 1, BD]
+        b_beta = tl.load(beta + b_row, mask=m_row, other=0.0)  # [BT, NP, 1]
         if grad_streams is not None:
-            p_grad = grad_streams + b_row[:, :, None] * D + b_d[None, None, :]
-            b_grad_streams = tl.load(p_grad, mask=m_tile, other=0.0)
+            b_grad = _load(grad_streams, b_row, b_d, m_row, m_d, D)
         else:
-            b_grad_streams = tl.zeros([BT, NP, BD], tl.float32)
+            b_grad = tl.zeros([BT, NP, BD], tl.float32)
         if grad_h is not None:
-            b_d_h = _features(grad_h, b_t, b_d, m_t, m_d, D)
+            b_d_h = _load(grad_h, b_t, b_d, m_t, m_d, D)
 
-        b_w1 = _vector(w1, b_d, m_d)
-        b_r = _reciprocal(tl.sum(b_s * b_s, 2), m_row, D, eps)
-        b_g = _score(tl.sum(b_s * b_w1[None, None, :], 2), b_r, scale)
+        b_w1 = _weight(w1, b_d, m_d)
+        b_r = _reciprocal(_sum(b_s * b_s, 2), m_row, D, eps)
+        b_g = _score(_sum(b_s * b_w1, 2), b_r, scale)
 
         if grad_h is not None:
             b_new = _lerp(b_s, b_y, b_beta, dtype)
             if w2 is not None:
-                b_w2 = _vector(w2, b_d, m_d)
-                b_r_new = _reciprocal(tl.sum(b_new * b_new, 2), m_row, D, eps)
-                b_a = _score(tl.sum(b_new * b_w2[None, None, :], 2), b_r_new, scale)
-                b_alpha = _softmax(b_a, m_n)
+                b_w2 = _weight(w2, b_d, m_d)
+                b_r_new = _reciprocal(_sum(b_new * b_new, 2), m_row, D, eps)
+                b_a = _score(_sum(b_new * b_w2, 2), b_r_new, scale)
+                b_alpha = _pool_weights(b_a, n, NP)
             else:
                 b_alpha = tl.where(m_row, 1.0 / n, 0.0)
             if wn is not None:
-                b_h = tl.sum(b_alpha[:, :, None] * b_new, 1).to(dtype).to(tl.float32)
-                b_r_h = _reciprocal(tl.sum(b_h * b_h, 1), m_t, D, norm_eps)
-                b_h = b_h * b_r_h[:, None]
+                b_h = _pool(b_new, b_alpha, dtype)
+                b_r_h = _reciprocal(_sum(b_h * b_h, 2), m_t, D, norm_eps)
+                b_h = b_h * b_r_h
                 b_d_wn += b_h * b_d_h
-                b_d_h = b_d_h * _vector(wn, b_d, m_d)[None, :]
-                b_along = tl.sum(b_h * b_d_h, 1) / D
-                b_d_h = tl.fma(-b_along[:, None], b_h, b_d_h) * b_r_h[:, None]
-            b_grad = tl.fma(b_alpha[:, :, None], b_d_h[:, None, :], b_grad_streams.to(tl.float32))
+                b_d_h = b_d_h * _weight(wn, b_d, m_d)
+                b_d_h = tl.fma(_sum(b_h * b_d_h, 2) / -D, b_h, b_d_h) * b_r_h
+            b_grad = tl.fma(b_alpha, b_d_h, b_grad)
             if w2 is not None:
-                b_d_alpha = tl.sum(b_new * b_d_h[:, None, :], 2)
-                b_d_a = b_alpha * (b_d_alpha - tl.sum(b_alpha * b_d_alpha, 1)[:, None])
-                b_along_w = (b_d_a * b_r_new * scale)[:, :, None]
-                b_along_s = (b_d_a * b_a * b_r_new * b_r_new / D)[:, :, None]
-                # The gate is read anew, or the compiler would keep the new streams: a third tile in registers.
-                b_beta_again = tl.load(beta + b_row, mask=m_row, other=0.0, eviction_policy="evict_last")
-                b_new = _lerp(b_s, b_y, b_beta_again, dtype)
-                b_d_w2 += tl.sum(b_along_w * b_new, 1)
-                b_grad = tl.fma(b_along_w, b_w2[None, None, :], b_grad)
-                b_grad = tl.fma(-b_along_s, b_new, b_grad)
-        else:
-            b_grad = b_grad_streams.to(tl.float32)
+                b_d_alpha = _sum(b_new * b_d_h, 2)
+                b_d_a = b_alpha * (b_d_alpha - _sum(b_alpha * b_d_alpha, 1))
+                b_along_w, b_along_s = _score_gradient(b_d_a, b_a, b_r_new, scale, D)
+                b_d_w2 += _sum(b_along_w * b_new, 1)
+                b_grad = tl.fma(b_along_s, b_new, tl.fma(b_along_w, b_w2, b_grad))
 
-        b_d_beta = tl.sum((b_y[:, None, :] - b_s) * b_grad, 2)
-        b_d_logit, b_d_b0 = _gate_gradient(b_beta, b_d_beta, COMPETITIVE)
+        b_d_logit, b_d_b0 = _gate_gradient(b_beta, _sum((b_y - b_s) * b_grad, 2), COMPETITIVE)
         b_d_bias += b_d_logit
         b_d_keep += b_d_b0
 
-        b_d_y = tl.sum(b_beta[:, :, None] * b_grad, 1)
+        b_d_y = _sum(b_beta * b_grad, 1)
         if w3 is not None:
-            b_w3 = _vector(w3, b_d, m_d)
-            b_r_y = _reciprocal(tl.sum(b_y * b_y, 1), m_t, D, eps)
-            b_g_y = _score(tl.sum(b_y * b_w3[None, :], 1), b_r_y, scale)
-            b_d_g = tl.sum(b_d_logit, 1)
-            b_along_wy = (b_d_g * b_r_y * scale)[:, None]
-            b_along_y = (b_d_g * b_g_y * b_r_y * b_r_y / D)[:, None]
-            b_d_w3 += b_along_wy * b_y
-            b_d_y = tl.fma(-b_along_y, b_y, tl.fma(b_along_wy, b_w3[None, :], b_d_y))
-        tl.store(d_y + b_t[:, None] * D + b_d[None, :], b_d_y.to(d_y.dtype.element_ty), mask=m_td)
+            b_w3 = _weight(w3, b_d, m_d)
+            b_r_y = _reciprocal(_sum(b_y * b_y, 2), m_t, D, eps)
+            b_g_y = _score(_sum(b_y * b_w3, 2), b_r_y, scale)
+            b_along_w, b_along_y = _score_gradient(_sum(b_d_logit, 1), b_g_y, b_r_y, scale, D)
+            b_d_w3 += b_along_w * b_y
+            b_d_y = tl.fma(b_along_y, b_y, tl.fma(b_along_w, b_w3, b_d_y))
+        _store(d_y, b_d_y, b_t, b_d, m_t, m_d, D)
 
-        b_along_w = (b_d_logit * b_r * scale)[:, :, None]
-        b_along_s = (b_d_logit * b_g * b_r * b_r / D)[:, :, None]
-        b_d_w1 += tl.sum(b_along_w * b_s, 1)
-        b_grad = tl.fma(b_along_w, b_w1[None, None, :], (1.0 - b_beta)[:, :, None] * b_grad)
-        b_grad = tl.fma(-b_along_s, b_s, b_grad)
-        p_d_s = d_s + b_row[:, :, None] * D + b_d[None, None, :]
-        tl.store(p_d_s, b_grad.to(dtype), mask=m_tile)
+        b_along_w, b_along_s = _score_gradient(b_d_logit, b_g, b_r, scale, D)
+        b_d_w1 += _sum(b_along_w * b_s, 1)
+        b_grad = tl.fma(b_along_s, b_s, tl.fma(b_along_w, b_w1, (1.0 - b_beta) * b_grad))
+        _store(d_s, b_grad, b_row, b_d, m_row, m_d, D)
 
-    tl.store(part_w1 + i_p * D + b_d, tl.sum(b_d_w1, 0), mask=m_d)
+    tl.store(part_w1 + i_p * D + b_d, _sum(b_d_w1, 0), mask=m_d)
     if w2 is not None:
-        tl.store(part_w2 + i_p * D + b_d, tl.sum(b_d_w2, 0), mask=m_d)
+        tl.store(part_w2 + i_p * D + b_d, _sum(b_d_w2, 0), mask=m_d)
     if w3 is not None:
-        tl.store(part_w3 + i_p * D + b_d, tl.sum(b_d_w3, 0), mask=m_d)
+        tl.store(part_w3 + i_p * D + b_d, _sum(b_d_w3, 0), mask=m_d)
     if wn is not None:
-        tl.store(part_wn + i_p * D + b_d, tl.sum(b_d_wn, 0), mask=m_d)
-    tl.store(part_bias + i_p * (n + 1), tl.sum(b_d_keep, 0))
-    tl.store(part_bias + i_p * (n + 1) + 1 + b_n, tl.sum(b_d_bias, 0), mask=m_n)
+        tl.store(part_wn + i_p * D + b_d, _sum(b_d_wn, 0), mask=m_d)
+    _write_bias(part_bias, i_p, b_d_bias, b_d_keep, n, NP)
 
 
 @triton.jit
 def _add_to(p, b_d, m_d, b_x):
-    tl.store(p + b_d, tl.load(p + b_d, mask=m_d, other=0.0) + b_x, mask=m_d)
+    """Add ``[BT, 1, BD]``, over its tokens, to a row of partial sums."""
+    tl.store(p + b_d, tl.load(p + b_d, mask=m_d, other=0.0) + _sum(b_x, 0), mask=m_d)
 
 
 @triton.jit
 def _new_gradient(
-    grad_h, grad_streams, wn, w2, b_s, b_y, b_beta, b_alpha, b_along_w2, b_along_new, b_along_h, b_r_h,
+    grad_h, grad_streams, wn, w2, b_new, b_alpha, b_along_w, b_along_s, b_along_h, b_r_h,
     b_t, b_row, b_d, m_t, m_row, m_d,
     dtype: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the new streams, as they were handed on and as they were read; the new streams
-    ``[BT, NP, BD]``; and h ``[BT, BD]``, normalised, where a norm follows."""
-    b_new = _lerp(b_s, b_y, b_beta, dtype)
-    b_h = b_y
+    """The gradient ``[BT, NP, BD]`` of the new streams, as they were handed on and as they were read."""
     if grad_streams is not None:
-        b_grad = _tile(grad_streams, b_row, b_d, m_row, m_d, D)
+        b_grad = _load(grad_streams, b_row, b_d, m_row, m_d, D)
     else:
         b_grad = tl.zeros([BT, NP, BD], tl.float32)
     if grad_h is not None:
-        b_d_h = _features(grad_h, b_t, b_d, m_t, m_d, D)
+        b_d_h = _load(grad_h, b_t, b_d, m_t, m_d, D)
         if wn is not None:
-            b_h = tl.sum(b_alpha[:, :, None] * b_new, 1).to(dtype).to(tl.float32) * b_r_h[:, None]
-            b_d_h = b_d_h * _vector(wn, b_d, m_d)[None, :]
-            b_d_h = tl.fma(-b_along_h[:, None], b_h, b_d_h) * b_r_h[:, None]
-        b_grad = tl.fma(b_alpha[:, :, None], b_d_h[:, None, :], b_grad)
+            b_h = _pool(b_new, b_alpha, dtype) * b_r_h
+            b_d_h = tl.fma(b_along_h, b_h, b_d_h * _weight(wn, b_d, m_d)) * b_r_h
+        b_grad = tl.fma(b_alpha, b_d_h, b_grad)
         if w2 is not None:
-            b_grad = tl.fma(b_along_w2[:, :, None], _vector(w2, b_d, m_d)[None, None, :], b_grad)
-            b_grad = tl.fma(-b_along_new[:, :, None], b_new, b_grad)
-    return b_grad, b_new, b_h
+            b_grad = tl.fma(b_along_s, b_new, tl.fma(b_along_w, _weight(w2, b_d, m_d), b_grad))
+    return b_grad
 
 
 @triton.jit
@@ -422,134 +412,119 @@ def _backward_tiled_kernel(
 ):  # fmt: skip
     dtype: tl.constexpr = streams.dtype.element_ty
     i_p = tl.program_id(0).to(tl.int64)
-    b_n, b_d0 = tl.arange(0, NP), tl.arange(0, BD)
-    m_n = b_n < n
+    b_d0 = tl.arange(0, BD)[None, None, :]
 
-    b_d_bias, b_d_keep = tl.zeros([BT, NP], tl.float32), tl.zeros([BT], tl.float32)
+    b_d_bias, b_d_keep = tl.zeros([BT, NP, 1], tl.float32), tl.zeros([BT, 1, 1], tl.float32)
     for i in range(groups):
-        b_t = (i_p * groups + i) * BT + tl.arange(0, BT)
-        m_t = b_t < N
-        b_row = b_t[:, None] * n + b_n[None, :]
-        m_row = m_t[:, None] & m_n[None, :]
+        b_t, b_row, m_t, m_row = _places(N, (i_p * groups + i) * BT, n, BT, NP)
         b_beta = tl.load(beta + b_row, mask=m_row, other=0.0)
 
         # First walk: what the scores of gate and pool are made of, and the new streams times the gradient of h.
-        b_squares, b_dot = tl.zeros([BT, NP], tl.float32), tl.zeros([BT, NP], tl.float32)
-        b_squares_new, b_dot_new = tl.zeros([BT, NP], tl.float32), tl.zeros([BT, NP], tl.float32)
-        b_squares_y, b_dot_y = tl.zeros([BT], tl.float32), tl.zeros([BT], tl.float32)
-        b_d_alpha = tl.zeros([BT, NP], tl.float32)
+        b_squares, b_dot = tl.zeros([BT, NP, 1], tl.float32), tl.zeros([BT, NP, 1], tl.float32)
+        b_squares_new, b_dot_new = tl.zeros([BT, NP, 1], tl.float32), tl.zeros([BT, NP, 1], tl.float32)
+        b_squares_y, b_dot_y = tl.zeros([BT, 1, 1], tl.float32), tl.zeros([BT, 1, 1], tl.float32)
+        b_d_alpha = tl.zeros([BT, NP, 1], tl.float32)
         for d in range(0, D, BD):
             b_d = d + b_d0
             m_d = b_d < D
             b_s = _entering(streams, outputs, gates, b_t, b_row, b_d, m_t, m_row, m_d, D, K)
-            b_y = _features(y, b_t, b_d, m_t, m_d, D)
-            b_squares += tl.sum(b_s * b_s, 2)
-            b_dot += tl.sum(b_s * _vector(w1, b_d, m_d)[None, None, :], 2)
+            b_y = _load(y, b_t, b_d, m_t, m_d, D)
+            b_squares += _sum(b_s * b_s, 2)
+            b_dot += _sum(b_s * _weight(w1, b_d, m_d), 2)
             if w3 is not None:
-                b_squares_y += tl.sum(b_y * b_y, 1)
-                b_dot_y += tl.sum(b_y * _vector(w3, b_d, m_d)[None, :], 1)
+                b_squares_y += _sum(b_y * b_y, 2)
+                b_dot_y += _sum(b_y * _weight(w3, b_d, m_d), 2)
             if grad_h is not None and w2 is not None:
                 b_new = _lerp(b_s, b_y, b_beta, dtype)
-                b_squares_new += tl.sum(b_new * b_new, 2)
-                b_dot_new += tl.sum(b_new * _vector(w2, b_d, m_d)[None, None, :], 2)
-                b_d_h = _features(grad_h, b_t, b_d, m_t, m_d, D)
+                b_squares_new += _sum(b_new * b_new, 2)
+                b_dot_new += _sum(b_new * _weight(w2, b_d, m_d), 2)
+                b_d_h = _load(grad_h, b_t, b_d, m_t, m_d, D)
                 if wn is not None:
-                    b_d_h = b_d_h * _vector(wn, b_d, m_d)[None, :]
-                b_d_alpha += tl.sum(b_new * b_d_h[:, None, :], 2)
+                    b_d_h = b_d_h * _weight(wn, b_d, m_d)
+                b_d_alpha += _sum(b_new * b_d_h, 2)
         b_r = _reciprocal(b_squares, m_row, D, eps)
         b_g = _score(b_dot, b_r, scale)
         b_r_new = _reciprocal(b_squares_new, m_row, D, eps)
         b_a = _score(b_dot_new, b_r_new, scale)
         if w2 is not None:
-            b_alpha = _softmax(b_a, m_n)
+            b_alpha = _pool_weights(b_a, n, NP)
         else:
             b_alpha = tl.where(m_row, 1.0 / n, 0.0)
 
         # Second walk, with a norm behind the pool: its statistics, and the new streams times h.
-        b_r_h, b_along_h = tl.zeros([BT], tl.float32), tl.zeros([BT], tl.float32)
+        b_r_h, b_along_h = tl.zeros([BT, 1, 1], tl.float32), tl.zeros([BT, 1, 1], tl.float32)
         if grad_h is not None and wn is not None:
-            b_squares_h, b_dot_h = tl.zeros([BT], tl.float32), tl.zeros([BT], tl.float32)
-            b_new_h = tl.zeros([BT, NP], tl.float32)
+            b_squares_h, b_dot_h = tl.zeros([BT, 1, 1], tl.float32), tl.zeros([BT, 1, 1], tl.float32)
+            b_new_h = tl.zeros([BT, NP, 1], tl.float32)
             for d in range(0, D, BD):
                 b_d = d + b_d0
                 m_d = b_d < D
                 b_s = _entering(streams, outputs, gates, b_t, b_row, b_d, m_t, m_row, m_d, D, K)
-                b_new = _lerp(b_s, _features(y, b_t, b_d, m_t, m_d, D), b_beta, dtype)
-                b_h = tl.sum(b_alpha[:, :, None] * b_new, 1).to(dtype).to(tl.float32)
-                b_d_h = _features(grad_h, b_t, b_d, m_t, m_d, D) * _vector(wn, b_d, m_d)[None, :]
-                b_squares_h += tl.sum(b_h * b_h, 1)
-                b_dot_h += tl.sum(b_h * b_d_h, 1)
-                b_new_h += tl.sum(b_new * b_h[:, None, :], 2)
+                b_new = _lerp(b_s, _load(y, b_t, b_d, m_t, m_d, D), b_beta, dtype)
+                b_h = _pool(b_new, b_alpha, dtype)
+                b_squares_h += _sum(b_h * b_h, 2)
+                b_dot_h += _sum(b_h * _load(grad_h, b_t, b_d, m_t, m_d, D) * _weight(wn, b_d, m_d), 2)
+                b_new_h += _sum(b_new * b_h, 2)
             b_r_h = _reciprocal(b_squares_h, m_t, D, norm_eps)
-            b_along_h = b_dot_h * b_r_h / D
-            b_d_alpha = (b_d_alpha - (b_along_h * b_r_h)[:, None] * b_new_h) * b_r_h[:, None]
-        b_d_a = b_alpha * (b_d_alpha - tl.sum(b_alpha * b_d_alpha, 1)[:, None])
-        b_along_w2 = b_d_a * b_r_new * scale
-        b_along_new = b_d_a * b_a * b_r_new * b_r_new / D
+            b_along_h = b_dot_h * b_r_h / -D
+            b_d_alpha = (b_d_alpha + b_along_h * b_r_h * b_new_h) * b_r_h
+        b_d_a = b_alpha * (b_d_alpha - _sum(b_alpha * b_d_alpha, 1))
+        b_along_w2, b_along_new = _score_gradient(b_d_a, b_a, b_r_new, scale, D)
 
         # Third walk: the gradient of the gate.
-        b_d_beta = tl.zeros([BT, NP], tl.float32)
+        b_d_beta = tl.zeros([BT, NP, 1], tl.float32)
         for d in range(0, D, BD):
             b_d = d + b_d0
             m_d = b_d < D
             b_s = _entering(streams, outputs, gates, b_t, b_row, b_d, m_t, m_row, m_d, D, K)
-            b_y = _features(y, b_t, b_d, m_t, m_d, D)
-            b_grad, b_new, b_h = _new_gradient(
-                grad_h, grad_streams, wn, w2, b_s, b_y, b_beta, b_alpha, b_along_w2, b_along_new, b_along_h,
-                b_r_h, b_t, b_row, b_d, m_t, m_row, m_d, dtype, D, BT, NP, BD,
+            b_y = _load(y, b_t, b_d, m_t, m_d, D)
+            b_grad = _new_gradient(
+                grad_h, grad_streams, wn, w2, _lerp(b_s, b_y, b_beta, dtype), b_alpha, b_along_w2, b_along_new,
+                b_along_h, b_r_h, b_t, b_row, b_d, m_t, m_row, m_d, dtype, D, BT, NP, BD,
             )  # fmt: skip
-            b_d_beta += tl.sum((b_y[:, None, :] - b_s) * b_grad, 2)
+            b_d_beta += _sum((b_y - b_s) * b_grad, 2)
         b_d_logit, b_d_b0 = _gate_gradient(b_beta, b_d_beta, COMPETITIVE)
         b_d_bias += b_d_logit
         b_d_keep += b_d_b0
-        b_along_w1 = b_d_logit * b_r * scale
-        b_along_s = b_d_logit * b_g * b_r * b_r / D
+        b_along_w1, b_along_s = _score_gradient(b_d_logit, b_g, b_r, scale, D)
         b_r_y = _reciprocal(b_squares_y, m_t, D, eps)
-        b_d_g = tl.sum(b_d_logit, 1)
-        b_along_w3 = b_d_g * b_r_y * scale
-        b_along_y = b_d_g * _score(b_dot_y, b_r_y, scale) * b_r_y * b_r_y / D
+        b_g_y = _score(b_dot_y, b_r_y, scale)
+        b_along_w3, b_along_y = _score_gradient(_sum(b_d_logit, 1), b_g_y, b_r_y, scale, D)
 
         # Last walk: everything is known.
         for d in range(0, D, BD):
             b_d = d + b_d0
             m_d = b_d < D
             b_s = _entering(streams, outputs, gates, b_t, b_row, b_d, m_t, m_row, m_d, D, K)
-            b_y = _features(y, b_t, b_d, m_t, m_d, D)
-            b_grad, b_new, b_h = _new_gradient(
-                grad_h, grad_streams, wn, w2, b_s, b_y, b_beta, b_alpha, b_along_w2, b_along_new, b_along_h,
-                b_r_h, b_t, b_row, b_d, m_t, m_row, m_d, dtype, D, BT, NP, BD,
+            b_y = _load(y, b_t, b_d, m_t, m_d, D)
+            b_new = _lerp(b_s, b_y, b_beta, dtype)
+            b_grad = _new_gradient(
+                grad_h, grad_streams, wn, w2, b_new, b_alpha, b_along_w2, b_along_new,
+                b_along_h, b_r_h, b_t, b_row, b_d, m_t, m_row, m_d, dtype, D, BT, NP, BD,
             )  # fmt: skip
-            if w2 is not None and grad_h is not None:
-                b_part = tl.sum(tl.sum(b_along_w2[:, :, None] * b_new, 1), 0)
-                _add_to(part_w2 + i_p * D, b_d, m_d, b_part)
-            if wn is not None and grad_h is not None:
-                b_part = tl.sum(b_h * _features(grad_h, b_t, b_d, m_t, m_d, D), 0)
-                _add_to(part_wn + i_p * D, b_d, m_d, b_part)
-            b_part = tl.sum(tl.sum(b_along_w1[:, :, None] * b_s, 1), 0)
-            _add_to(part_w1 + i_p * D, b_d, m_d, b_part)
-            b_d_y = tl.sum(b_beta[:, :, None] * b_grad, 1)
+            if grad_h is not None and w2 is not None:
+                _add_to(part_w2 + i_p * D, b_d, m_d, _sum(b_along_w2 * b_new, 1))
+            if grad_h is not None and wn is not None:
+                b_h = _pool(b_new, b_alpha, dtype) * b_r_h
+                _add_to(part_wn + i_p * D, b_d, m_d, b_h * _load(grad_h, b_t, b_d, m_t, m_d, D))
+            _add_to(part_w1 + i_p * D, b_d, m_d, _sum(b_along_w1 * b_s, 1))
+            b_d_y = _sum(b_beta * b_grad, 1)
             if w3 is not None:
-                _add_to(part_w3 + i_p * D, b_d, m_d, tl.sum(b_along_w3[:, None] * b_y, 0))
-                b_d_y = tl.fma(b_along_w3[:, None], _vector(w3, b_d, m_d)[None, :], b_d_y)
-                b_d_y = tl.fma(-b_along_y[:, None], b_y, b_d_y)
-            p_d_y = d_y + b_t[:, None] * D + b_d[None, :]
-            tl.store(p_d_y, b_d_y.to(d_y.dtype.element_ty), mask=m_t[:, None] & m_d[None, :])
-            b_grad = (1.0 - b_beta)[:, :, None] * b_grad
-            b_grad = tl.fma(b_along_w1[:, :, None], _vector(w1, b_d, m_d)[None, None, :], b_grad)
-            b_grad = tl.fma(-b_along_s[:, :, None], b_s, b_grad)
-            p_d_s = d_s + b_row[:, :, None] * D + b_d[None, None, :]
-            tl.store(p_d_s, b_grad.to(dtype), mask=m_row[:, :, None] & m_d[None, None, :])
+                _add_to(part_w3 + i_p * D, b_d, m_d, b_along_w3 * b_y)
+                b_d_y = tl.fma(b_along_y, b_y, tl.fma(b_along_w3, _weight(w3, b_d, m_d), b_d_y))
+            _store(d_y, b_d_y, b_t, b_d, m_t, m_d, D)
+            b_grad = tl.fma(b_along_w1, _weight(w1, b_d, m_d), (1.0 - b_beta) * b_grad)
+            _store(d_s, tl.fma(b_along_s, b_s, b_grad), b_row, b_d, m_row, m_d, D)
         tl.debug_barrier()  # the sums are read back, by other threads than wrote them for all we know
 
-    tl.store(part_bias + i_p * (n + 1), tl.sum(b_d_keep, 0))
-    tl.store(part_bias + i_p * (n + 1) + 1 + b_n, tl.sum(b_d_bias, 0), mask=m_n)
+    _write_bias(part_bias, i_p, b_d_bias, b_d_keep, n, NP)
 
 
 def _launch(kernel, programs: int, chosen: Plan, device: torch.device, *arguments, **constants) -> None:
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[(programs,)](
             *arguments, **constants,
-            BT=chosen.tokens, NP=chosen.streams, BD=chosen.features, num_warps=chosen.warps,
+            BT=chosen.tokens, NP=chosen.streams, BD=chosen.features, num_warps=chosen.warps, enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -568,9 +543,9 @@ def step_forward(
     one: bit for bit what those steps would have left. ``new_streams`` is ``None`` unless ``write``.
     """
     tokens, n, width = streams.shape
-    h = streams.new_empty(tokens, width)
+    h = torch.empty(tokens, width, dtype=streams.dtype, device=streams.device)
     new_streams = torch.empty_like(streams) if write else None
-    beta = streams.new_empty(tokens, n, dtype=torch.float32)
+    beta = torch.empty(tokens, n, dtype=torch.float32, device=streams.device)
     if tokens:
         chosen = plan(n, width, streams.dtype, backward=False)
         _launch(
@@ -606,9 +581,11 @@ def step_backward(
     chosen = plan(n, width, streams.dtype, backward=True)
     groups = triton.cdiv(tokens, chosen.tokens)
     programs = _programs(groups, chosen.warps, streams.device)
-    make = streams.new_empty if chosen.resident else streams.new_zeros
-    parts = [None if w is None else make(programs, width, dtype=torch.float32) for w in weights]
-    part_bias = streams.new_empty(programs, n + 1, dtype=torch.float32)
+    fp32 = {"dtype": torch.float32, "device": streams.device}
+    # The tiled kernel adds to its rows, block by block.
+    make = torch.empty if chosen.resident else torch.zeros
+    parts = [None if w is None else make(programs, width, **fp32) for w in weights]
+    part_bias = torch.empty(programs, n + 1, **fp32)
     _launch(
         _backward_kernel if chosen.resident else _backward_tiled_kernel,
         programs, chosen, streams.device,
