@@ -176,7 +176,7 @@ def test_a_width_of_models(device, n, dtype):
 
 def test_tiles_that_do_not_fit(device):
     """By the limits as they are: the widest features and the most streams."""
-    assert not mgr.plan(8, 8192, torch.bfloat16, backward=False).resident
+    assert not mgr.plan(8, 8192, backward=False).resident
     assert_as_good_as_torch(*case(8, 8192, 1, device, torch.bfloat16))
     assert_as_good_as_torch(*case(64, 1027, 1, device, absent=("norm_weight",)))
 
@@ -273,17 +273,16 @@ def test_streams_that_are_zero(device, path):
     assert all(x is None or x.isfinite().all() for x in both(made, grads))
 
 
-@pytest.mark.parametrize("n", range(1, 65))
+@pytest.mark.parametrize("n", [1, 3, 4, 8, 33, 64])
 @pytest.mark.parametrize("width", [1, 33, 768, 1280, 8192, 100_003, 2**20])
 def test_plans(n, width):
     for backward_too in (False, True):
-        for dtype in DTYPES:
-            chosen = mgr.plan(n, width, dtype, backward_too)
-            assert chosen.streams >= n and chosen.warps in (1, 2, 4, 8, 16)
-            assert not chosen.resident or chosen.features >= width
-            tile = chosen.tokens * chosen.streams * chosen.features
-            assert tile & (tile - 1) == 0
-            assert tile <= (mgr.RESIDENT_BACKWARD if backward_too else mgr.RESIDENT_FORWARD)
+        chosen = mgr.plan(n, width, backward_too)
+        assert chosen.streams >= n and chosen.warps in (1, 2, 4, 8)
+        assert not chosen.resident or chosen.features >= width
+        tile = chosen.tokens * chosen.streams * chosen.features
+        assert tile & (tile - 1) == 0
+        assert tile <= (mgr.RESIDENT_BACKWARD if backward_too else mgr.RESIDENT_FORWARD)
 
 
 def test_token_numbers_are_64_bit():
