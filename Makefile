@@ -1,12 +1,13 @@
 # make demo    install into .venv and run the main job: PreNorm and two Multi-Gate Residuals on real text
 # make test    install and run all tests
 # make test-peers  install other implementations (1 GB) and compare with them
+# make test-kernels  the same installation: run the Triton kernels, on the GPU or in Triton's interpreter
 # make lint    style and common mistakes
 PYTHON ?= python3
 VENV ?= .venv
 export PYTHON
 
-.PHONY: demo test test-peers lint clean
+.PHONY: demo test test-peers test-kernels lint clean
 demo: $(VENV)/.demo
 	$(VENV)/bin/depthmix compare --recipe quick --out runs/demo --resume
 
@@ -15,6 +16,9 @@ test: $(VENV)/.test
 
 test-peers: $(VENV)/.peers
 	$(VENV)/bin/python -m pytest -m peers
+
+test-kernels: $(VENV)/.peers
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m kernels tests/kernels
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .

@@ -2,8 +2,12 @@
 
 from pathlib import Path
 
+ON_REQUEST = ("peers", "kernels")
+"""Folders whose files import packages that only the extra ``peers`` installs; each named as its marker."""
+
 
 def pytest_ignore_collect(collection_path: Path, config):
-    """Files in ``peers`` import packages that only the extra of that name installs."""
-    inside = "peers" in collection_path.relative_to(config.rootpath).parts
-    return True if inside and "peers" not in config.getoption("markexpr") else None
+    """Such a folder is not there unless ``-m`` names it."""
+    parts = collection_path.relative_to(config.rootpath).parts
+    asked = config.getoption("markexpr")
+    return True if any(name in parts and name not in asked for name in ON_REQUEST) else None
