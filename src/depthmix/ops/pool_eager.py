@@ -7,6 +7,8 @@ are written out.
 Shapes inside this file: sources ``[N, D]``, k of them; whatever is a number per source and token is ``[k, N]``.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -180,7 +182,7 @@ def pool_many_forward(
 
 
 def pool_many_backward(
-    grad_out: Tensor,
+    grad_out: Sequence[Tensor],
     grad_lse: Tensor,
     sources: list[Tensor],
     queries: Tensor,
@@ -190,7 +192,10 @@ def pool_many_backward(
     eps: float,
     into: list[Tensor],
 ) -> Tensor:
-    """The gradient of ``queries``; those of the sources are written into ``into``. ``out`` is not needed."""
+    """The gradient of ``queries``; those of the sources are written into ``into``.
+
+    ``grad_out``: Q tensors ``[N, D]``, or one. ``out`` is not needed.
+    """
     dtype, width = compute_dtype(sources[0].dtype), sources[0].shape[-1]
     with _plain(sources[0].device):
         values, q = [v.to(dtype) for v in sources], queries.to(dtype)

@@ -2,11 +2,11 @@
 //
 // Storage is fp32, bf16 or fp16 and arithmetic fp32. A source is N rows of D numbers, any distance apart; everything else
 // is contiguous. A thread takes one token at a time: its k x D tile comes from memory once, for the scores, and from the
-// cache for the sum and the gradients. Gradients of parameters are summed over fixed chunks of tokens, and the chunks
-// in their order, so that no result depends on the number of threads.
+// cache for the sum and the gradients. 16-bit rows are widened into a tile of the thread's own, and their gradients
+// narrowed from there. Gradients of parameters are summed over fixed chunks of tokens, and the chunks in their order, so
+// that no result depends on the number of threads.
 
 #include <cmath>
-#include <limits>
 #include <type_traits>
 #include <vector>
 
@@ -62,29 +62,102 @@ inline void store(Float16* to, Lanes x) {
 #endif
 
 // The first `count` of 16 numbers, zeros behind; where count is the constant 16, a plain load.
-template <class T>
-INLINE inline Lanes load(const T* from, int64_t count) {
+INLINE inline Lanes load(const float* from, int64_t count) {
     if (count == lanes) return load(from);
-    T part[lanes] = {};
-    std::memcpy(part, from, count * sizeof(T));
+    float part[lanes] = {};
+    std::memcpy(part, from, count * sizeof(float));
     return load(part);
 }
 
-template <class T>
-INLINE inline void store(T* to, Lanes x, int64_t count) {
+INLINE inline void store(float* to, Lanes x, int64_t count) {
     if (count == lanes) return store(to, x);
-    T part[lanes];
+    float part[lanes];
     store(part, x);
-    std::memcpy(to, part, count * sizeof(T));
+    std::memcpy(to, part, count * sizeof(float));
 }
+
+template <class T>
+void widen(float* to, const T* from, int64_t width) {
+    int64_t d = 0;
+    for (; d + lanes <= width; d += lanes) store(to + d, load(from + d));
+    T part[lanes] = {};
+    if (d < width) std::memcpy(part, from + d, (width - d) * sizeof(T));
+    store(to + d, load(part), width - d);
+}
+
+template <class T>
+void narrow(T* to, const float* from, int64_t width) {
+    int64_t d = 0;
+    for (; d + lanes <= width; d += lanes) store(to + d, load(from + d));
+    T part[lanes];
+    store(part, load(from + d, width - d));
+    if (d < width) std::memcpy(to + d, part, (width - d) * sizeof(T));
+}
+
+// Rows in memory as they are stored, and in fp32 as they are computed with.
+struct Storage {
+    int64_t kind;  // 0: fp32, 1: bf16, 2: fp16
+
+    bool wide() const { return kind == 0; }
+
+    // width numbers from `offset` on: where they are, or widened into `scratch`.
+    float* read(const void* from, int64_t offset, float* scratch, int64_t width) const {
+        if (wide()) return (float*)from + offset;
+        if (kind == 1) widen(scratch, (const BFloat16*)from + offset, width);
+#ifdef __FLT16_MANT_DIG__
+        if (kind == 2) widen(scratch, (const Float16*)from + offset, width);
+#endif
+        return scratch;
+    }
+
+    // What was computed where `write_to` said becomes what is stored.
+    float* write_to(void* to, int64_t offset, float* scratch) const { return wide() ? (float*)to + offset : scratch; }
+
+    void written(void* to, int64_t offset, const float* scratch, int64_t width) const {
+        if (kind == 1) narrow((BFloat16*)to + offset, scratch, width);
+#ifdef __FLT16_MANT_DIG__
+        if (kind == 2) narrow((Float16*)to + offset, scratch, width);
+#endif
+    }
+};
+
+// One token's k rows in fp32, and where their gradients are put: into memory, or over the rows.
+struct Tile {
+    const Storage storage;
+    const int64_t k, width;
+    const void* const* sources;
+    const int64_t* strides;
+    std::vector<float> scratch;
+    std::vector<const float*> rows;
+    std::vector<float*> grads;
+
+    Tile(Storage storage, int64_t k, int64_t width, const void* const* sources, const int64_t* strides)
+        : storage(storage), k(k), width(width), sources(sources), strides(strides),
+          scratch(storage.wide() ? 0 : k * width), rows(k), grads(k) {}
+
+    void read(int64_t t) {
+        for (int64_t i = 0; i < k; ++i)
+            rows[i] = storage.read(sources[i], t * strides[i], scratch.data() + i * width, width);
+    }
+
+    void write_to(void* const* into, const int64_t* into_strides, int64_t t) {
+        for (int64_t i = 0; i < k; ++i)
+            grads[i] = storage.write_to(into[i], t * into_strides[i], scratch.data() + i * width);
+    }
+
+    void written(void* const* into, const int64_t* into_strides, int64_t t) {
+        if (storage.wide()) return;
+        for (int64_t i = 0; i < k; ++i)
+            storage.written(into[i], t * into_strides[i], scratch.data() + i * width, width);
+    }
+};
 
 // f(number of vectors, offset, numbers in a vector) over [0, width).
 template <class F>
 INLINE inline void blocks(int64_t width, F f) {
     int64_t d = 0;
     for (; d + 4 * lanes <= width; d += 4 * lanes) f(std::integral_constant<int, 4>(), d, int64_t(lanes));
-    for (; d + lanes <= width; d += lanes) f(std::integral_constant<int, 1>(), d, int64_t(lanes));
-    if (d < width) f(std::integral_constant<int, 1>(), d, width - d);
+    for (; d < width; d += lanes) f(std::integral_constant<int, 1>(), d, width - d < lanes ? width - d : lanes);
 }
 
 // e^x for x <= 0 (Cephes' polynomial, 1 to 2 ulp; 0 below -87).
@@ -115,8 +188,8 @@ inline Lanes sums(Lanes a, Lanes b, Lanes c, Lanes d) {
 }
 
 // out[x * k + i] += xs[x] . rows[i] for R rows from i, X vectors; and the rows' own squares.
-template <int R, int X, bool square, class T>
-void dots_of(const T* const* rows, const float* const* xs, int64_t begin, int64_t end, float* out, int64_t k,
+template <int R, int X, bool square>
+void dots_of(const float* const* rows, const float* const* xs, int64_t begin, int64_t end, float* out, int64_t k,
              float* squares) {
     Lanes total[X + 1][4] = {};
     const auto step = [&](int64_t d, int64_t count) INLINE {
@@ -138,8 +211,8 @@ void dots_of(const T* const* rows, const float* const* xs, int64_t begin, int64_
     }
 }
 
-template <int R, class T>
-INLINE inline void dots_of_rows(const T* const* rows, const float* const* xs, int64_t m, int64_t begin, int64_t end,
+template <int R>
+void dots_of_rows(const float* const* rows, const float* const* xs, int64_t m, int64_t begin, int64_t end,
                                 float* out, int64_t k, float* squares) {
     int64_t j = 0;
     for (; j + 2 <= m; j += 2) {
@@ -156,8 +229,7 @@ INLINE inline void dots_of_rows(const T* const* rows, const float* const* xs, in
 }
 
 // out[j, i] = xs[j] . rows[i], [m, k], and squares[i] = rows[i] . rows[i] where wanted; m >= 1.
-template <class T>
-void dots(const T* const* rows, int64_t k, const float* const* xs, int64_t m, int64_t width, float* out, float* squares) {
+inline void dots(const float* const* rows, int64_t k, const float* const* xs, int64_t m, int64_t width, float* out, float* squares) {
     for (int64_t i = 0; i < m * k; ++i) out[i] = 0.0f;
     if (squares)
         for (int64_t i = 0; i < k; ++i) squares[i] = 0.0f;
@@ -171,10 +243,9 @@ void dots(const T* const* rows, int64_t k, const float* const* xs, int64_t m, in
     }
 }
 
-template <class T>
-float dot(const T* a, const float* b, int64_t width) {
+inline float dot(const float* a, const float* b, int64_t width) {
     float found;
-    dots<T>(&a, 1, &b, 1, width, &found, nullptr);
+    dots(&a, 1, &b, 1, width, &found, nullptr);
     return found;
 }
 
@@ -208,9 +279,8 @@ inline float largest(const float* x, int64_t k) {
 }
 
 // out = sum_i weights[i] rows[i] + w * with
-template <class T, class To>
-inline void mix(To* out, const float* weights, const T* const* rows, int64_t k, float w, const float* with,
-                int64_t width) {
+void mix(float* out, const float* weights, const float* const* rows, int64_t k, float w, const float* with,
+         int64_t width) {
     blocks(width, [&](auto vectors, int64_t d, int64_t count) INLINE {
         Lanes total[vectors] = {};
         if (with)
@@ -228,8 +298,7 @@ struct Softmax {
 
     explicit Softmax(int64_t k) : logits(padded(k)), weights(padded(k)), r(padded(k)) {}
 
-    template <class T>
-    void of(const T* const* rows, int64_t k, int64_t width, const float* weight, const float* lse, float scale,
+    void of(const float* const* rows, int64_t k, int64_t width, const float* weight, const float* lse, float scale,
             float eps) {
         if (weight) {
             dots(rows, k, &weight, 1, width, logits.data(), r.data());
@@ -249,41 +318,37 @@ struct Softmax {
     }
 };
 
-template <class T>
-inline void rows_of(const T** rows, const T* const* sources, const int64_t* strides, int64_t k, int64_t t) {
-    for (int64_t i = 0; i < k; ++i) rows[i] = sources[i] + t * strides[i];
+// 1 / sqrt(mean square + eps) of a row.
+inline float reciprocal_rms(const float* x, int64_t width, float eps) {
+    return 1.0f / std::sqrt(dot(x, x, width) / width + eps);
 }
 
-template <class T>
-void forward(int64_t N, int64_t k, int64_t width, int threads, const T* const* sources, const int64_t* strides,
-             const float* weight, const float* carried, const float* carried_lse, const float* norm_weight, float scale,
-             float eps, float norm_eps, T* out) {
+void forward(Storage storage, int64_t N, int64_t k, int64_t width, int threads, const void* const* sources,
+             const int64_t* strides, const float* weight, const float* carried, const float* carried_lse,
+             const float* norm_weight, float scale, float eps, float norm_eps, void* out) {
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<const T*> rows(k);
+        Tile tile(storage, k, width, sources, strides);
         Softmax softmax(k);
+        std::vector<float> scratch(storage.wide() ? 0 : width);
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < N; ++t) {
-            rows_of(rows.data(), sources, strides, k, t);
-            softmax.of(rows.data(), k, width, weight, carried_lse ? carried_lse + t : nullptr, scale, eps);
-            T* h = out + t * width;
-            mix(h, softmax.weights.data(), rows.data(), k, softmax.carried, carried ? carried + t * width : nullptr, width);
+            tile.read(t);
+            softmax.of(tile.rows.data(), k, width, weight, carried_lse ? carried_lse + t : nullptr, scale, eps);
+            float* h = storage.write_to(out, t * width, scratch.data());
+            mix(h, softmax.weights.data(), tile.rows.data(), k, softmax.carried, carried ? carried + t * width : nullptr,
+                width);
+            storage.written(out, t * width, h, width);
             if (!norm_weight) continue;
-            // The norm reads h as it was rounded.
-            Lanes squares = {};
-            blocks(width, [&](auto vectors, int64_t d, int64_t count) INLINE {
-                for (int l = 0; l < vectors; ++l) {
-                    const Lanes x = load(h + d + l * lanes, count);
-                    squares += x * x;
-                }
-            });
-            const float r = 1.0f / std::sqrt(sum(squares) / width + norm_eps);
+            h = storage.read(out, t * width, h, width);  // as it was rounded
+            const float r = reciprocal_rms(h, width, norm_eps);
             blocks(width, [&](auto vectors, int64_t d, int64_t count) INLINE {
                 for (int l = 0; l < vectors; ++l) {
                     const int64_t at = d + l * lanes;
                     store(h + at, load(h + at, count) * r * load(norm_weight + at, count), count);
                 }
             });
+            storage.written(out, t * width, h, width);
         }
     }
 }
@@ -301,21 +366,21 @@ inline void add_chunks(float* total, const float* part, int64_t chunks, int64_t 
 
 // h, where given, is the output of forward (without a norm), and stands for `carried`: of that, the gradients need
 // nothing but its share in h . grad_h.
-template <class T>
-void backward(int64_t N, int64_t k, int64_t width, int threads, int64_t chunks, const T* grad_h, const T* const* sources,
-              const int64_t* strides, const float* weight, const float* carried, const float* carried_lse, const T* h,
-              const float* norm_weight, float scale, float eps, float norm_eps, T* const* into,
-              const int64_t* into_strides, float* d_weight, float* d_carried, float* d_carried_lse, float* d_norm,
-              float* part) {
+void backward(Storage storage, int64_t N, int64_t k, int64_t width, int threads, int64_t chunks, const void* grad_h,
+              const void* const* sources, const int64_t* strides, const float* weight, const float* carried,
+              const float* carried_lse, const void* h, const float* norm_weight, float scale, float eps, float norm_eps,
+              void* const* into, const int64_t* into_strides, float* d_weight, float* d_carried, float* d_carried_lse,
+              float* d_norm, float* part) {
     const int64_t size = (N + chunks - 1) / chunks;
     float* weight_part = part;
     float* norm_part = part + (weight ? chunks * width : 0);
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<const T*> rows(k);
-        std::vector<T> rounded(norm_weight ? width : 0);
-        std::vector<float> grad(norm_weight || sizeof(T) < sizeof(float) ? width : 0), found(2 * k), along_q(k), along_v(k);
+        Tile tile(storage, k, width, sources, strides);
         Softmax softmax(k);
+        std::vector<float> grad(storage.wide() && !norm_weight ? 0 : width);
+        std::vector<float> given(storage.wide() ? 0 : width), mean_row(storage.wide() && !norm_weight ? 0 : width);
+        std::vector<float> found(2 * k), along_q(k), along_v(k);
 #pragma omp for schedule(static)
         for (int64_t c = 0; c < chunks; ++c) {
             float* weight_sum = weight_part + c * width;
@@ -323,58 +388,55 @@ void backward(int64_t N, int64_t k, int64_t width, int threads, int64_t chunks, 
             if (weight) std::memset(weight_sum, 0, width * sizeof(float));
             if (norm_weight) std::memset(norm_sum, 0, width * sizeof(float));
             for (int64_t t = c * size; t < N && t < (c + 1) * size; ++t) {
-                rows_of(rows.data(), sources, strides, k, t);
+                tile.read(t);
+                const float* const* rows = tile.rows.data();
                 const float* lse = carried_lse ? carried_lse + t : nullptr;
                 const float* with = carried ? carried + t * width : nullptr;
-                const T* given = grad_h + t * width;
-                const float* g = grad.data();
+                const float* g = storage.read(grad_h, t * width, given.data(), width);
                 float* d_alpha = found.data();
                 if (norm_weight) {
-                    softmax.of(rows.data(), k, width, weight, lse, scale, eps);
-                    T* x = rounded.data();
-                    mix(x, softmax.weights.data(), rows.data(), k, softmax.carried, with, width);
-                    Lanes squares = {}, product = {};
+                    softmax.of(rows, k, width, weight, lse, scale, eps);
+                    float* x = mean_row.data();
+                    mix(x, softmax.weights.data(), rows, k, softmax.carried, with, width);
+                    if (!storage.wide()) {  // the norm read it as it was rounded
+                        uint16_t* rounded = (uint16_t*)grad.data();
+                        storage.written(rounded, 0, x, width);
+                        storage.read(rounded, 0, x, width);
+                    }
+                    Lanes product = {};
                     blocks(width, [&](auto vectors, int64_t d, int64_t count) INLINE {
                         for (int l = 0; l < vectors; ++l) {
                             const int64_t at = d + l * lanes;
-                            const Lanes value = load(x + at, count);
-                            squares += value * value;
-                            product += value * load(given + at, count) * load(norm_weight + at, count);
+                            product += load(x + at, count) * load(g + at, count) * load(norm_weight + at, count);
                         }
                     });
-                    const float r = 1.0f / std::sqrt(sum(squares) / width + norm_eps);
+                    const float r = reciprocal_rms(x, width, norm_eps);
                     const float along = r == 0.0f ? 0.0f : -sum(product) * r * r * r / width;
                     blocks(width, [&](auto vectors, int64_t d, int64_t count) INLINE {
                         for (int l = 0; l < vectors; ++l) {
                             const int64_t at = d + l * lanes;
-                            const Lanes value = load(x + at, count), y = load(given + at, count);
+                            const Lanes value = load(x + at, count), y = load(g + at, count);
                             store(grad.data() + at, r * y * load(norm_weight + at, count) + along * value, count);
                             store(norm_sum + at, load(norm_sum + at, count) + y * value * r, count);
                         }
                     });
-                    if (weight) dots(rows.data(), k, &g, 1, width, d_alpha, nullptr);
+                    g = grad.data();
+                    if (weight) dots(rows, k, &g, 1, width, d_alpha, nullptr);
                 } else {
-                    if constexpr (std::is_same<T, float>::value)
-                        g = given;
-                    else
-                        blocks(width, [&](auto vectors, int64_t d, int64_t count) INLINE {
-                            for (int l = 0; l < vectors; ++l)
-                                store(grad.data() + d + l * lanes, load(given + d + l * lanes, count), count);
-                        });
                     if (weight) {
                         const float* both[2] = {g, weight};
-                        dots(rows.data(), k, both, 2, width, d_alpha, softmax.r.data());
+                        dots(rows, k, both, 2, width, d_alpha, softmax.r.data());
                         std::memcpy(softmax.logits.data(), d_alpha + k, k * sizeof(float));
                         scores(softmax.logits.data(), softmax.r.data(), k, width, scale, eps);
                     }
                     softmax.normalise(k, lse);
                 }
                 const float* w = softmax.weights.data();
-                if (!weight && lse) dots(rows.data(), k, &g, 1, width, d_alpha, nullptr);
+                if (!weight && lse) dots(rows, k, &g, 1, width, d_alpha, nullptr);
                 float mean = 0.0f, d_carried_alpha = 0.0f, d_logits = 0.0f;
                 if (weight || lse) {
                     if (h) {
-                        mean = dot(h + t * width, g, width);
+                        mean = dot(storage.read(h, t * width, mean_row.data(), width), g, width);
                     } else {
                         if (with) d_carried_alpha = dot(with, g, width);
                         mean = softmax.carried * d_carried_alpha;
@@ -392,6 +454,7 @@ void backward(int64_t N, int64_t k, int64_t width, int threads, int64_t chunks, 
                     along_v[i] = -d_logit * softmax.logits[i] * r * r / width;
                 }
                 if (lse) d_carried_lse[t] = h ? -d_logits : softmax.carried * (d_carried_alpha - mean);
+                tile.write_to(into, into_strides, t);
                 blocks(width, [&](auto vectors, int64_t d, int64_t count) INLINE {
                     Lanes grads[vectors], query[vectors] = {}, total[vectors] = {};
                     for (int l = 0; l < vectors; ++l) {
@@ -400,7 +463,7 @@ void backward(int64_t N, int64_t k, int64_t width, int threads, int64_t chunks, 
                         if (lse) store(d_carried + t * width + d + l * lanes, softmax.carried * grads[l], count);
                     }
                     for (int64_t i = 0; i < k; ++i) {
-                        T* to = into[i] + t * into_strides[i] + d;
+                        float* to = tile.grads[i] + d;
                         for (int l = 0; l < vectors; ++l) {
                             Lanes x = w[i] * grads[l];
                             if (weight) {
@@ -417,6 +480,7 @@ void backward(int64_t N, int64_t k, int64_t width, int threads, int64_t chunks, 
                             store(at, load(at, count) + total[l], count);
                         }
                 });
+                tile.written(into, into_strides, t);
             }
         }
     }
@@ -424,19 +488,20 @@ void backward(int64_t N, int64_t k, int64_t width, int threads, int64_t chunks, 
     if (norm_weight) add_chunks(d_norm, norm_part, chunks, width, threads);
 }
 
-template <class T>
-void many_forward(int64_t N, int64_t k, int64_t Q, int64_t width, int threads, const T* const* sources,
-                  const int64_t* strides, const float* queries, float scale, float eps, float* out, float* lse) {
+void many_forward(Storage storage, int64_t N, int64_t k, int64_t Q, int64_t width, int threads,
+                  const void* const* sources, const int64_t* strides, const float* queries, float scale, float eps,
+                  float* out, float* lse) {
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<const T*> rows(k);
+        Tile tile(storage, k, width, sources, strides);
         std::vector<const float*> xs(Q);
         for (int64_t j = 0; j < Q; ++j) xs[j] = queries + j * width;
         std::vector<float> found(Q * k), squares(k), r(k), logits(padded(k)), weights(padded(k));
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < N; ++t) {
-            rows_of(rows.data(), sources, strides, k, t);
-            dots(rows.data(), k, xs.data(), Q, width, found.data(), squares.data());
+            tile.read(t);
+            const float* const* rows = tile.rows.data();
+            dots(rows, k, xs.data(), Q, width, found.data(), squares.data());
             for (int64_t j = 0; j < Q; ++j) {
                 std::memcpy(logits.data(), found.data() + j * k, k * sizeof(float));
                 r = squares;
@@ -446,20 +511,20 @@ void many_forward(int64_t N, int64_t k, int64_t Q, int64_t width, int threads, c
                 lse[j * N + t] = top + std::log(total);
                 const float share = 1.0f / total;
                 for (int64_t i = 0; i < k; ++i) weights[i] *= share;
-                mix<T, float>(out + (j * N + t) * width, weights.data(), rows.data(), k, 0.0f, nullptr, width);
+                mix(out + (j * N + t) * width, weights.data(), rows, k, 0.0f, nullptr, width);
             }
         }
     }
 }
 
-template <class T>
-void many_backward(int64_t N, int64_t k, int64_t Q, int64_t width, int threads, int64_t chunks, const float* grad_out,
-                   const float* grad_lse, const T* const* sources, const int64_t* strides, const float* queries,
-                   float scale, float eps, T* const* into, const int64_t* into_strides, float* d_queries, float* part) {
+void many_backward(Storage storage, int64_t N, int64_t k, int64_t Q, int64_t width, int threads, int64_t chunks,
+                   const float* const* grad_out, const float* grad_lse, const void* const* sources,
+                   const int64_t* strides, const float* queries, float scale, float eps, void* const* into,
+                   const int64_t* into_strides, float* d_queries, float* part) {
     const int64_t size = (N + chunks - 1) / chunks;
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<const T*> rows(k);
+        Tile tile(storage, k, width, sources, strides);
         std::vector<const float*> xs(2 * Q);
         for (int64_t j = 0; j < Q; ++j) xs[j] = queries + j * width;
         // Of a pair of query and source: w, the weight; along_q, the gradient's part along the query.
@@ -470,9 +535,10 @@ void many_backward(int64_t N, int64_t k, int64_t Q, int64_t width, int threads, 
             float* sum_of = part + c * Q * width;
             std::memset(sum_of, 0, Q * width * sizeof(float));
             for (int64_t t = c * size; t < N && t < (c + 1) * size; ++t) {
-                rows_of(rows.data(), sources, strides, k, t);
-                for (int64_t j = 0; j < Q; ++j) xs[Q + j] = grad_out + (j * N + t) * width;
-                dots(rows.data(), k, xs.data(), 2 * Q, width, found.data(), squares.data());
+                tile.read(t);
+                const float* const* rows = tile.rows.data();
+                for (int64_t j = 0; j < Q; ++j) xs[Q + j] = grad_out[j] + t * width;
+                dots(rows, k, xs.data(), 2 * Q, width, found.data(), squares.data());
                 for (int64_t i = 0; i < k; ++i) along_v[i] = 0.0f;
                 for (int64_t j = 0; j < Q; ++j) {
                     std::memcpy(logits.data(), found.data() + j * k, k * sizeof(float));
@@ -494,17 +560,8 @@ void many_backward(int64_t N, int64_t k, int64_t Q, int64_t width, int threads, 
                         along_v[i] -= d_logit * logits[i] * r[i] * r[i] / width;
                     }
                 }
+                tile.write_to(into, into_strides, t);
                 blocks(width, [&](auto vectors, int64_t d, int64_t count) INLINE {
-                    for (int64_t i = 0; i < k; ++i) {
-                        Lanes x[vectors];
-                        for (int l = 0; l < vectors; ++l) x[l] = along_v[i] * load(rows[i] + d + l * lanes, count);
-                        for (int64_t j = 0; j < Q; ++j)
-                            for (int l = 0; l < vectors; ++l)
-                                x[l] += w[i * Q + j] * load(xs[Q + j] + d + l * lanes, count) +
-                                        along_q[i * Q + j] * load(xs[j] + d + l * lanes, count);
-                        T* to = into[i] + t * into_strides[i] + d;
-                        for (int l = 0; l < vectors; ++l) store(to + l * lanes, x[l], count);
-                    }
                     for (int64_t j = 0; j < Q; ++j) {
                         float* to = sum_of + j * width + d;
                         Lanes x[vectors] = {};
@@ -514,7 +571,18 @@ void many_backward(int64_t N, int64_t k, int64_t Q, int64_t width, int threads, 
                         for (int l = 0; l < vectors; ++l)
                             store(to + l * lanes, load(to + l * lanes, count) + x[l], count);
                     }
+                    for (int64_t i = 0; i < k; ++i) {
+                        Lanes x[vectors];
+                        for (int l = 0; l < vectors; ++l) x[l] = along_v[i] * load(rows[i] + d + l * lanes, count);
+                        for (int64_t j = 0; j < Q; ++j)
+                            for (int l = 0; l < vectors; ++l)
+                                x[l] += w[i * Q + j] * load(xs[Q + j] + d + l * lanes, count) +
+                                        along_q[i * Q + j] * load(xs[j] + d + l * lanes, count);
+                        float* to = tile.grads[i] + d;
+                        for (int l = 0; l < vectors; ++l) store(to + l * lanes, x[l], count);
+                    }
                 });
+                tile.written(into, into_strides, t);
             }
         }
     }
@@ -522,18 +590,6 @@ void many_backward(int64_t N, int64_t k, int64_t Q, int64_t width, int threads, 
 }
 
 }  // namespace
-
-#ifdef __FLT16_MANT_DIG__
-#define FOR_HALF(call) case 2: call(Float16); break;
-#else
-#define FOR_HALF(call)
-#endif
-#define FOR_STORAGE(call)                                                                                             \
-    switch (storage) {                                                                                                \
-        case 0: call(float); break;                                                                                   \
-        case 1: call(BFloat16); break;                                                                                \
-        FOR_HALF(call)                                                                                                \
-    }
 
 extern "C" {
 
@@ -546,46 +602,33 @@ int pool_takes_half() {
 #endif
 }
 
-void pool_forward(int64_t storage, int64_t N, int64_t k, int64_t width, int64_t threads, const void* sources,
+void pool_forward(int64_t storage, int64_t N, int64_t k, int64_t width, int64_t threads, const void* const* sources,
                   const int64_t* strides, const float* weight, const float* carried, const float* carried_lse,
                   const float* norm_weight, double scale, double eps, double norm_eps, void* out) {
-#define CALL(T)                                                                                                       \
-    forward<T>(N, k, width, threads, (const T* const*)sources, strides, weight, carried, carried_lse, norm_weight,    \
-               scale, eps, norm_eps, (T*)out)
-    FOR_STORAGE(CALL)
-#undef CALL
+    forward({storage}, N, k, width, threads, sources, strides, weight, carried, carried_lse, norm_weight, scale, eps,
+            norm_eps, out);
 }
 
 void pool_backward(int64_t storage, int64_t N, int64_t k, int64_t width, int64_t threads, int64_t chunks,
-                   const void* grad_h, const void* sources, const int64_t* strides, const float* weight,
+                   const void* grad_h, const void* const* sources, const int64_t* strides, const float* weight,
                    const float* carried, const float* carried_lse, const void* h, const float* norm_weight, double scale,
-                   double eps, double norm_eps, const void* into, const int64_t* into_strides, float* d_weight,
+                   double eps, double norm_eps, void* const* into, const int64_t* into_strides, float* d_weight,
                    float* d_carried, float* d_carried_lse, float* d_norm, float* part) {
-#define CALL(T)                                                                                                       \
-    backward<T>(N, k, width, threads, chunks, (const T*)grad_h, (const T* const*)sources, strides, weight, carried,   \
-                carried_lse, (const T*)h, norm_weight, scale, eps, norm_eps, (T* const*)into, into_strides, d_weight, \
-                d_carried, d_carried_lse, d_norm, part)
-    FOR_STORAGE(CALL)
-#undef CALL
+    backward({storage}, N, k, width, threads, chunks, grad_h, sources, strides, weight, carried, carried_lse, h,
+             norm_weight, scale, eps, norm_eps, into, into_strides, d_weight, d_carried, d_carried_lse, d_norm, part);
 }
 
 void pool_many_forward(int64_t storage, int64_t N, int64_t k, int64_t Q, int64_t width, int64_t threads,
-                       const void* sources, const int64_t* strides, const float* queries, double scale, double eps,
-                       float* out, float* lse) {
-#define CALL(T)                                                                                                       \
-    many_forward<T>(N, k, Q, width, threads, (const T* const*)sources, strides, queries, scale, eps, out, lse)
-    FOR_STORAGE(CALL)
-#undef CALL
+                       const void* const* sources, const int64_t* strides, const float* queries, double scale,
+                       double eps, float* out, float* lse) {
+    many_forward({storage}, N, k, Q, width, threads, sources, strides, queries, scale, eps, out, lse);
 }
 
 void pool_many_backward(int64_t storage, int64_t N, int64_t k, int64_t Q, int64_t width, int64_t threads, int64_t chunks,
-                        const float* grad_out, const float* grad_lse, const void* sources, const int64_t* strides,
-                        const float* queries, double scale, double eps, const void* into, const int64_t* into_strides,
-                        float* d_queries, float* part) {
-#define CALL(T)                                                                                                       \
-    many_backward<T>(N, k, Q, width, threads, chunks, grad_out, grad_lse, (const T* const*)sources, strides, queries, \
-                     scale, eps, (T* const*)into, into_strides, d_queries, part)
-    FOR_STORAGE(CALL)
-#undef CALL
+                        const float* const* grad_out, const float* grad_lse, const void* const* sources,
+                        const int64_t* strides, const float* queries, double scale, double eps, void* const* into,
+                        const int64_t* into_strides, float* d_queries, float* part) {
+    many_backward({storage}, N, k, Q, width, threads, chunks, grad_out, grad_lse, sources, strides, queries, scale, eps,
+                  into, into_strides, d_queries, part);
 }
 }

@@ -1,6 +1,10 @@
-"""The pool in C++ (``pool.cpp``): the functions of :mod:`depthmix.ops.pool_eager` for fp32, bf16 and fp16 on a CPU."""
+"""The pool in C++ (``pool.cpp``): the functions of :mod:`depthmix.ops.pool_eager` for fp32, bf16 and fp16 on a CPU.
+
+Here a source may also be contiguous of any leading shape, and results have that of the first.
+"""
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -33,7 +37,8 @@ def _fp32(x: Tensor | None) -> Tensor | None:
 
 
 def _strides(rows: list[Tensor]) -> list[int]:
-    return [x.stride(0) for x in rows]
+    width = rows[0].shape[-1]
+    return [x.stride(0) if x.dim() == 2 else width for x in rows]
 
 
 def _chunks(N: int) -> int:
@@ -41,13 +46,13 @@ def _chunks(N: int) -> int:
 
 
 def _shape(sources: list[Tensor]) -> tuple[int, int, int, int]:
-    N, width = sources[0].shape
-    return STORAGE[sources[0].dtype], N, len(sources), width
+    *leading, width = sources[0].shape
+    return STORAGE[sources[0].dtype], math.prod(leading), len(sources), width
 
 
 def pool_forward(sources, weight, carried, carried_lse, norm_weight, scale, eps, norm_eps):
     storage, N, k, width = _shape(sources)
-    out = torch.empty(N, width, dtype=sources[0].dtype)
+    out = torch.empty(sources[0].shape, dtype=sources[0].dtype)
     weight, norm_weight = _fp32(weight), _fp32(norm_weight)
     call(
         "pool_forward", storage, N, k, width, torch.get_num_threads(), sources, _strides(sources), weight, carried,
@@ -67,7 +72,7 @@ def pool_backward(
     d_weight, d_norm = (None if x is None else torch.empty(width) for x in (w, g))
     d_carried = d_lse = None
     if carried_lse is not None:
-        d_carried, d_lse = torch.empty(N, width), torch.empty(N)
+        d_carried, d_lse = torch.empty(sources[0].shape), torch.empty(sources[0].shape[:-1])
     call(
         "pool_backward", storage, N, k, width, torch.get_num_threads(), chunks, grad_h, sources, _strides(sources), w,
         carried, carried_lse, h, g, float(scale), float(eps), float(norm_eps), into, _strides(into), d_weight,
@@ -84,7 +89,8 @@ def pool_backward(
 def pool_many_forward(sources, queries, scale, eps):
     storage, N, k, width = _shape(sources)
     Q = len(queries)
-    out, lse = torch.empty(Q, N, width), torch.empty(Q, N)
+    first = sources[0].shape
+    out, lse = torch.empty(Q, *first), torch.empty(Q, *first[:-1])
     queries = _fp32(queries)
     call(
         "pool_many_forward", storage, N, k, Q, width, torch.get_num_threads(), sources, _strides(sources), queries,
@@ -99,7 +105,7 @@ def pool_many_backward(grad_out, grad_lse, sources, queries, out, lse, scale, ep
     part, d_queries = torch.empty(chunks * Q * width), torch.empty(Q, width)
     q = _fp32(queries)
     call(
-        "pool_many_backward", storage, N, k, Q, width, torch.get_num_threads(), chunks, grad_out, grad_lse, sources,
+        "pool_many_backward", storage, N, k, Q, width, torch.get_num_threads(), chunks, list(grad_out), grad_lse, sources,
         _strides(sources), q, float(scale), float(eps), into, _strides(into), d_queries, part,
     )  # fmt: skip
     return d_queries.to(queries.dtype)
