@@ -175,8 +175,9 @@ inline Lanes exponential(Lanes x) {
     return (Lanes)((Bits)value & ~(Bits)(x < -87.0f));
 }
 
-// The sums of four vectors, at places 0, 4, 8 and 12.
-inline Lanes sums(Lanes a, Lanes b, Lanes c, Lanes d) {
+// to[i] += the sum of the i-th vector, of four.
+template <int count>
+inline void add_sums(float* to, Lanes a, Lanes b, Lanes c, Lanes d) {
     const Lanes ab = SHUFFLE(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
                      SHUFFLE(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
     const Lanes cd = SHUFFLE(c, d, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
@@ -184,7 +185,9 @@ inline Lanes sums(Lanes a, Lanes b, Lanes c, Lanes d) {
     Lanes all = SHUFFLE(ab, cd, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
                 SHUFFLE(ab, cd, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
     all += SHUFFLE(all, all, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-    return all + SHUFFLE(all, all, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+    all += SHUFFLE(all, all, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+    all = SHUFFLE(all, all, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
+    for (int i = 0; i < count; ++i) to[i] += all[i];
 }
 
 // out[x * k + i] += xs[x] . rows[i] for R rows from i, X vectors; and the rows' own squares.
@@ -204,28 +207,19 @@ void dots_of(const float* const* rows, const float* const* xs, int64_t begin, in
     int64_t d = begin;
     for (; d + lanes <= end; d += lanes) step(d, int64_t(lanes));
     if (d < end) step(d, end - d);
-    for (int j = 0; j < X + square; ++j) {
-        const Lanes found = sums(total[j][0], total[j][1], total[j][2], total[j][3]);
-        float* to = j < X ? out + j * k : squares;
-        for (int i = 0; i < R; ++i) to[i] += found[4 * i];
-    }
+    for (int j = 0; j < X + square; ++j)
+        add_sums<R>(j < X ? out + j * k : squares, total[j][0], total[j][1], total[j][2], total[j][3]);
 }
 
 template <int R>
 void dots_of_rows(const float* const* rows, const float* const* xs, int64_t m, int64_t begin, int64_t end,
                                 float* out, int64_t k, float* squares) {
     int64_t j = 0;
-    for (; j + 2 <= m; j += 2) {
-        if (squares && j == 0)
-            dots_of<R, 2, true>(rows, xs + j, begin, end, out + j * k, k, squares);
-        else
-            dots_of<R, 2, false>(rows, xs + j, begin, end, out + j * k, k, squares);
-    }
-    if (j == m) return;
-    if (squares && j == 0)
-        dots_of<R, 1, true>(rows, xs + j, begin, end, out + j * k, k, squares);
-    else
-        dots_of<R, 1, false>(rows, xs + j, begin, end, out + j * k, k, squares);
+    if (squares && m == 1) dots_of<R, 1, true>(rows, xs, begin, end, out, k, squares), j = 1;
+    if (squares && m >= 2) dots_of<R, 2, true>(rows, xs, begin, end, out, k, squares), j = 2;
+    for (; j + 4 <= m; j += 4) dots_of<R, 4, false>(rows, xs + j, begin, end, out + j * k, k, nullptr);
+    for (; j + 2 <= m; j += 2) dots_of<R, 2, false>(rows, xs + j, begin, end, out + j * k, k, nullptr);
+    for (; j < m; ++j) dots_of<R, 1, false>(rows, xs + j, begin, end, out + j * k, k, nullptr);
 }
 
 // out[j, i] = xs[j] . rows[i], [m, k], and squares[i] = rows[i] . rows[i] where wanted; m >= 1.
@@ -264,12 +258,17 @@ inline float exponentials(float* weights, const float* logits, int64_t k, float 
     return sum(total);
 }
 
-// r[i] (the squares on entry) = 1 / sqrt(mean square + eps); logits[i] (dots on entry) = scale * r[i] * dot, and 0 where
-// the mean square overflowed, as the normalised row itself is.
-inline void scores(float* logits, float* r, int64_t k, int64_t width, float scale, float eps) {
+// r[i] (the squares on entry) = 1 / sqrt(mean square + eps).
+inline void reciprocals(float* r, int64_t k, int64_t width, float eps) {
     const float share = 1.0f / width;
+#pragma omp simd
     for (int64_t i = 0; i < k; ++i) r[i] = 1.0f / std::sqrt(r[i] * share + eps);
-    for (int64_t i = 0; i < k; ++i) logits[i] = r[i] == 0.0f ? 0.0f : scale * r[i] * logits[i];
+}
+
+// logits[i] = scale * r[i] * dots[i], and 0 where the mean square overflowed, as the normalised row itself is.
+inline void scores(float* logits, const float* dots, const float* r, int64_t k, float scale) {
+#pragma omp simd
+    for (int64_t i = 0; i < k; ++i) logits[i] = r[i] == 0.0f ? 0.0f : scale * r[i] * dots[i];
 }
 
 inline float largest(const float* x, int64_t k) {
@@ -302,7 +301,8 @@ struct Softmax {
             float eps) {
         if (weight) {
             dots(rows, k, &weight, 1, width, logits.data(), r.data());
-            scores(logits.data(), r.data(), k, width, scale, eps);
+            reciprocals(r.data(), k, width, eps);
+            scores(logits.data(), logits.data(), r.data(), k, scale);
         }
         normalise(k, lse);
     }
@@ -426,8 +426,8 @@ void backward(Storage storage, int64_t N, int64_t k, int64_t width, int threads,
                     if (weight) {
                         const float* both[2] = {g, weight};
                         dots(rows, k, both, 2, width, d_alpha, softmax.r.data());
-                        std::memcpy(softmax.logits.data(), d_alpha + k, k * sizeof(float));
-                        scores(softmax.logits.data(), softmax.r.data(), k, width, scale, eps);
+                        reciprocals(softmax.r.data(), k, width, eps);
+                        scores(softmax.logits.data(), d_alpha + k, softmax.r.data(), k, scale);
                     }
                     softmax.normalise(k, lse);
                 }
@@ -496,16 +496,15 @@ void many_forward(Storage storage, int64_t N, int64_t k, int64_t Q, int64_t widt
         Tile tile(storage, k, width, sources, strides);
         std::vector<const float*> xs(Q);
         for (int64_t j = 0; j < Q; ++j) xs[j] = queries + j * width;
-        std::vector<float> found(Q * k), squares(k), r(k), logits(padded(k)), weights(padded(k));
+        std::vector<float> found(Q * k), r(k), logits(padded(k)), weights(padded(k));
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < N; ++t) {
             tile.read(t);
             const float* const* rows = tile.rows.data();
-            dots(rows, k, xs.data(), Q, width, found.data(), squares.data());
+            dots(rows, k, xs.data(), Q, width, found.data(), r.data());
+            reciprocals(r.data(), k, width, eps);
             for (int64_t j = 0; j < Q; ++j) {
-                std::memcpy(logits.data(), found.data() + j * k, k * sizeof(float));
-                r = squares;
-                scores(logits.data(), r.data(), k, width, scale, eps);
+                scores(logits.data(), found.data() + j * k, r.data(), k, scale);
                 const float top = largest(logits.data(), k);
                 const float total = exponentials(weights.data(), logits.data(), k, top);
                 lse[j * N + t] = top + std::log(total);
@@ -528,7 +527,7 @@ void many_backward(Storage storage, int64_t N, int64_t k, int64_t Q, int64_t wid
         std::vector<const float*> xs(2 * Q);
         for (int64_t j = 0; j < Q; ++j) xs[j] = queries + j * width;
         // Of a pair of query and source: w, the weight; along_q, the gradient's part along the query.
-        std::vector<float> found(2 * Q * k), squares(k), r(k), along_v(k), logits(padded(k)), weights(padded(k)), w(Q * k),
+        std::vector<float> found(2 * Q * k), r(k), along_v(k), logits(padded(k)), weights(padded(k)), w(Q * k),
             along_q(Q * k);
 #pragma omp for schedule(static)
         for (int64_t c = 0; c < chunks; ++c) {
@@ -538,25 +537,24 @@ void many_backward(Storage storage, int64_t N, int64_t k, int64_t Q, int64_t wid
                 tile.read(t);
                 const float* const* rows = tile.rows.data();
                 for (int64_t j = 0; j < Q; ++j) xs[Q + j] = grad_out[j] + t * width;
-                dots(rows, k, xs.data(), 2 * Q, width, found.data(), squares.data());
+                dots(rows, k, xs.data(), 2 * Q, width, found.data(), r.data());
+                reciprocals(r.data(), k, width, eps);
                 for (int64_t i = 0; i < k; ++i) along_v[i] = 0.0f;
                 for (int64_t j = 0; j < Q; ++j) {
-                    std::memcpy(logits.data(), found.data() + j * k, k * sizeof(float));
                     const float* d_alpha = found.data() + (Q + j) * k;
-                    r = squares;
-                    scores(logits.data(), r.data(), k, width, scale, eps);
+                    scores(logits.data(), found.data() + j * k, r.data(), k, scale);
                     const float share =
                         1.0f / exponentials(weights.data(), logits.data(), k, largest(logits.data(), k));
                     float mean = 0.0f;
-                    for (int64_t i = 0; i < k; ++i) {
-                        weights[i] *= share;
-                        mean += weights[i] * d_alpha[i];
-                    }
+#pragma omp simd reduction(+ : mean)
+                    for (int64_t i = 0; i < k; ++i) mean += weights[i] * d_alpha[i];
+                    mean *= share;
                     const float d_lse = grad_lse[j * N + t];
+#pragma omp simd
                     for (int64_t i = 0; i < k; ++i) {
-                        const float d_logit = weights[i] * (d_alpha[i] - mean + d_lse);
-                        w[i * Q + j] = weights[i];
-                        along_q[i * Q + j] = d_logit * scale * r[i];
+                        const float weight = weights[i] * share, d_logit = weight * (d_alpha[i] - mean + d_lse);
+                        w[j * k + i] = weight;
+                        along_q[j * k + i] = d_logit * scale * r[i];
                         along_v[i] -= d_logit * logits[i] * r[i] * r[i] / width;
                     }
                 }
@@ -567,7 +565,7 @@ void many_backward(Storage storage, int64_t N, int64_t k, int64_t Q, int64_t wid
                         Lanes x[vectors] = {};
                         for (int64_t i = 0; i < k; ++i)
                             for (int l = 0; l < vectors; ++l)
-                                x[l] += along_q[i * Q + j] * load(rows[i] + d + l * lanes, count);
+                                x[l] += along_q[j * k + i] * load(rows[i] + d + l * lanes, count);
                         for (int l = 0; l < vectors; ++l)
                             store(to + l * lanes, load(to + l * lanes, count) + x[l], count);
                     }
@@ -576,8 +574,8 @@ void many_backward(Storage storage, int64_t N, int64_t k, int64_t Q, int64_t wid
                         for (int l = 0; l < vectors; ++l) x[l] = along_v[i] * load(rows[i] + d + l * lanes, count);
                         for (int64_t j = 0; j < Q; ++j)
                             for (int l = 0; l < vectors; ++l)
-                                x[l] += w[i * Q + j] * load(xs[Q + j] + d + l * lanes, count) +
-                                        along_q[i * Q + j] * load(xs[j] + d + l * lanes, count);
+                                x[l] += w[j * k + i] * load(xs[Q + j] + d + l * lanes, count) +
+                                        along_q[j * k + i] * load(xs[j] + d + l * lanes, count);
                         float* to = tile.grads[i] + d;
                         for (int l = 0; l < vectors; ++l) store(to + l * lanes, x[l], count);
                     }
