@@ -105,7 +105,11 @@ def test_pool_many(k, N, width, dtype, padding, Q):
 @pytest.mark.parametrize("k,N,width", [(2, 3, 40001), (3, 9001, 3), (73, 5, 1280)])
 def test_long_rows_many_tokens_many_sources(k, N, width, dtype):
     """Rows of several segments, more tokens than chunks of the smallest size hold, more than 64 sources."""
-    sources, grad, weight = rows(k, N, width, dtype), draw(N, width, seed=50, dtype=dtype), draw(width, seed=51)
+    sources, grad, weight = (
+        rows(k, N, width, dtype),
+        draw(N, width, seed=50, dtype=dtype),
+        draw(width, seed=51),
+    )
     weight = weight * min(1.0, 30 / width**0.5)
     arguments = [sources, weight, None, None, None, grad]
     exact = pooled(pool_eager, *map(widened, arguments))

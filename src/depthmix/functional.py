@@ -238,9 +238,7 @@ def attention_pool(
     _check_vector("pool_weight", pool_weight, width, "the feature dimension of streams")
     _check_vector("norm_weight", norm_weight, width, "the feature dimension of streams")
     scale = width**-0.5 if scale is None else scale
-    return pool_ops.pool_streams(
-        streams, pool_weight, norm_weight, scale=scale, eps=eps, norm_eps=norm_eps
-    )
+    return pool_ops.pool_streams(streams, pool_weight, norm_weight, scale=scale, eps=eps, norm_eps=norm_eps)
 
 
 def _check_sources(sources: Sequence[Tensor]) -> int:

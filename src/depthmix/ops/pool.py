@@ -287,7 +287,12 @@ class PoolStreams(torch.autograd.Function):
 
 @torch.library.custom_op("depthmix::pool_streams", mutates_args=())
 def registered_pool_streams(
-    streams: Tensor, weight: Tensor | None, norm_weight: Tensor | None, scale: float, eps: float, norm_eps: float
+    streams: Tensor,
+    weight: Tensor | None,
+    norm_weight: Tensor | None,
+    scale: float,
+    eps: float,
+    norm_eps: float,
 ) -> Tensor:
     """``h [..., D]``."""
     return _streams_forward(streams, weight, norm_weight, scale, eps, norm_eps)
@@ -349,7 +354,7 @@ def pool_many(
 def _many_forward(sources, weights, scale, eps) -> tuple[Tensor, Tensor]:
     kernels, first = _kernels(sources[0]), sources[0]
     out, lse = kernels.pool_many_forward(_rows(sources, kernels), weights.contiguous(), scale, eps)
-    return out.view(-1, *first.shape), lse.view(-1, *first.shape[:-1])
+    return out.view(len(weights), *first.shape), lse.view(len(weights), *first.shape[:-1])
 
 
 def _many_backward(grad_out, grad_lse, sources, weights, lse, scale, eps) -> tuple[list[Tensor], Tensor]:

@@ -24,12 +24,7 @@ def _takes_half() -> bool:
 
 def usable(x: Tensor) -> bool:
     """Whether these kernels take tensors like ``x``."""
-    return (
-        x.is_cpu
-        and x.dtype in STORAGE
-        and available()
-        and (x.dtype is not torch.float16 or _takes_half())
-    )
+    return x.is_cpu and x.dtype in STORAGE and available() and (x.dtype is not torch.float16 or _takes_half())
 
 
 def _fp32(x: Tensor | None) -> Tensor | None:
