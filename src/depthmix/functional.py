@@ -15,7 +15,7 @@ from .errors import UserError, suggest
 from .ops import depth_attention as depth_ops
 from .ops import eager, inversion, reference
 from .ops import mgr as mgr_ops
-from .ops.attnres import Source, SourceRead
+from .ops import pool as pool_ops
 
 GATES = ("competitive", "independent")
 
@@ -252,7 +252,13 @@ def relu_squared(x: Tensor) -> Tensor:
 
 
 def attention_pool(
-    streams: Tensor, pool_weight: Tensor | None, *, scale: float | None = None, eps: float = 1e-6
+    streams: Tensor,
+    pool_weight: Tensor | None,
+    *,
+    scale: float | None = None,
+    eps: float = 1e-6,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
 ) -> Tensor:
     """Softmax-weighted mean of the streams, ``alpha = softmax_i(scale * w . rms(s_i))`` (Eq. 1).
 
@@ -261,6 +267,7 @@ def attention_pool(
         pool_weight: ``[D]``; ``None`` gives equal weights.
         scale: ``None`` is 1/sqrt(D), as in MGR; Attention Residuals use 1.0.
         eps: added to the mean square inside the score.
+        norm_weight: ``[D]`` or ``None``: return the mean RMS-normalised (with ``norm_eps``) and scaled.
 
     Returns:
         ``[..., D]`` in the dtype of ``streams``; arithmetic in fp32.
@@ -268,22 +275,20 @@ def attention_pool(
     Raises:
         ValueError: a shape, dtype or device does not fit; names the argument.
     """
-    _check_floating(streams=streams, pool_weight=pool_weight)
+    _check_floating(streams=streams, pool_weight=pool_weight, norm_weight=norm_weight)
     _check_streams(streams)
-    *leading, n, width = streams.shape
+    width = streams.shape[-1]
     _check_vector("pool_weight", pool_weight, width, "the feature dimension of streams")
+    _check_vector("norm_weight", norm_weight, width, "the feature dimension of streams")
     scale = width**-0.5 if scale is None else scale
-    if torch.compiler.is_compiling():
-        return reference.attention_pool(streams, pool_weight, scale, eps)
-    h = eager.AttentionPool.apply(streams.reshape(-1, n, width), pool_weight, scale, eps)
-    return h.view(*leading, width)
+    return pool_ops.pool_streams(streams, pool_weight, norm_weight, scale=scale, eps=eps, norm_eps=norm_eps)
 
 
-def _check_sources(sources: Sequence[Tensor], weight: Tensor, weight_name: str) -> int:
-    """D of sources that agree with each other and with a weight ``[D]``."""
+def _check_sources(sources: Sequence[Tensor]) -> int:
+    """D of sources that agree with each other."""
     if len(sources) == 0:
         raise UserError("sources must hold at least one tensor, got none")
-    _check_floating(**{f"sources[{i}]": x for i, x in enumerate(sources)}, **{weight_name: weight})
+    _check_floating(**{f"sources[{i}]": x for i, x in enumerate(sources)})
     first = sources[0]
     for i, x in enumerate(sources):
         if x.shape != first.shape or x.dtype != first.dtype:
@@ -291,18 +296,28 @@ def _check_sources(sources: Sequence[Tensor], weight: Tensor, weight_name: str) 
                 f"sources must agree in shape and dtype, got {_shape(first)} {first.dtype} for the first "
                 f"and {_shape(x)} {x.dtype} for sources[{i}]"
             )
-    _check_vector(weight_name, weight, first.shape[-1], "the feature dimension of the sources")
+    if first.dim() == 0 or first.shape[-1] == 0:
+        raise UserError(f"sources must have at least one feature, got {_shape(first)}")
     return first.shape[-1]
 
 
 def source_pool(
-    sources: Sequence[Tensor], pool_weight: Tensor, *, scale: float | None = None, eps: float = 1e-6
+    sources: Sequence[Tensor],
+    pool_weight: Tensor | None,
+    *,
+    scale: float | None = None,
+    eps: float = 1e-6,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    carried: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """:func:`attention_pool` over separate tensors, without stacking them.
 
     Args:
         sources: one or more tensors ``[..., D]`` of one shape and dtype.
-        pool_weight, scale, eps: as in :func:`attention_pool`.
+        pool_weight, scale, eps, norm_weight, norm_eps: as in :func:`attention_pool`.
+        carried: the mean and the log-sum-exp that :func:`source_pool_many` made of other sources with this
+            weight: the result is the pool over all of them.
 
     Returns:
         ``[..., D]`` in the dtype of the sources.
@@ -310,61 +325,51 @@ def source_pool(
     Raises:
         ValueError: no source, or a shape, dtype or device does not fit.
     """
-    width = _check_sources(sources, pool_weight, "pool_weight")
+    width = _check_sources(sources)
+    mean, lse = carried or (None, None)
+    first = sources[0]
+    _check_floating(
+        **{"sources[0]": first, "pool_weight": pool_weight, "norm_weight": norm_weight},
+        **{"carried[0]": mean, "carried[1]": lse},
+    )
+    _check_vector("pool_weight", pool_weight, width, "the feature dimension of the sources")
+    _check_vector("norm_weight", norm_weight, width, "the feature dimension of the sources")
+    if carried is not None:
+        dtype = reference.compute_dtype(first.dtype)
+        if mean.shape != first.shape or lse.shape != first.shape[:-1] or {mean.dtype, lse.dtype} != {dtype}:
+            raise UserError(
+                f"carried must be a mean {_shape(first)} and a log-sum-exp without the last dimension, both "
+                f"{dtype}, got {_shape(mean)} {mean.dtype} and {_shape(lse)} {lse.dtype}"
+            )
     scale = width**-0.5 if scale is None else scale
-    if torch.compiler.is_compiling():
-        return reference.attention_pool(torch.stack(list(sources), -2), pool_weight, scale, eps)
-    query = pool_weight.to(reference.compute_dtype(sources[0].dtype)) * scale
-    reciprocals, tokens = zip(*(Source.apply(x, eps) for x in sources), strict=True)
-    return shared_source_pool(query, sources, reciprocals, tokens)[0]
+    return pool_ops.pool(
+        sources, pool_weight, mean, lse, norm_weight, scale=scale, eps=eps, norm_eps=norm_eps
+    )
 
 
-def shared_source(source: Tensor, *, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """What :func:`shared_source_pool` wants to know of a source, computed once for all of its readers.
-
-    Args:
-        source: ``[..., D]``, floating point.
-        eps: added to the mean square inside the score.
-
-    Returns:
-        ``(reciprocal [...], token [..., D])``: ``1 / sqrt(mean(source^2) + eps)`` in the compute dtype, and a
-        tensor without content through which the readers' gradients come back (:mod:`depthmix.ops.attnres`).
-        Both are differentiable and belong to this source alone.
-
-    Raises:
-        ValueError: ``source`` is no floating point tensor.
-    """
-    _check_floating(source=source)
-    return Source.apply(source, eps)
-
-
-def shared_source_pool(
-    query: Tensor, sources: Sequence[Tensor], reciprocals: Sequence[Tensor], tokens: Sequence[Tensor]
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """:func:`source_pool` with ``scale=1.0`` for sources that many readers share; eager execution only.
+def source_pool_many(
+    sources: Sequence[Tensor], weights: Tensor, *, scale: float | None = None, eps: float = 1e-6
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """:func:`source_pool` of the same sources with many weights, each source read once for all of them.
 
     Args:
-        query: ``[D]``.
         sources: one or more tensors ``[..., D]`` of one shape and dtype.
-        reciprocals, tokens: of each source, as :func:`shared_source` or, for the tokens, an earlier reader
-            returned them.
+        weights: ``[Q, D]``.
+        scale, eps: as in :func:`attention_pool`.
 
     Returns:
-        ``(h [..., D], tokens)``: the mixture in the dtype of the sources, and the tokens for the next reader.
-        Readers may also be given the same tokens: the gradients are the same, at the price of more additions.
+        ``(means, lses)``: Q tensors ``[..., D]`` and, of the logits behind them, Q log-sum-exps ``[...]``, in the compute
+        dtype (fp32, fp64 for fp64), for :func:`source_pool` to go on with.
 
     Raises:
         ValueError: no source, or a shape, dtype or device does not fit.
     """
-    _check_sources(sources, query, "query")
-    if not len(sources) == len(reciprocals) == len(tokens):
-        raise UserError(
-            f"every source has one reciprocal and one token, got {len(sources)} sources, "
-            f"{len(reciprocals)} reciprocals and {len(tokens)} tokens"
-        )
-    # The sources' gradients come through their tokens, not through this call's inputs.
-    h, *tokens = SourceRead.apply(query, *(v.detach() for v in sources), *reciprocals, *tokens)
-    return h, tuple(tokens)
+    width = _check_sources(sources)
+    _check_floating(**{"sources[0]": sources[0], "weights": weights})
+    if weights.dim() != 2 or weights.shape[1] != width:
+        raise UserError(f"weights must have shape [Q, {width}], got {_shape(weights)}")
+    scale = width**-0.5 if scale is None else scale
+    return pool_ops.pool_many(sources, weights, scale=scale, eps=eps)
 
 
 def depth_attention(

@@ -274,6 +274,7 @@ class GPT(nn.Module):
             dtype = torch.get_autocast_dtype(device)  # what queries and keys come in
         cos, sin = self.rope_cos[start:end].to(dtype), self.rope_sin[start:end].to(dtype)
         h, state = self.residual.begin(self.embed(ids))
+        state = self.residual.foresee(state, [s for b in self.blocks for s in (b.attn_site, b.mlp_site)])
         following = [block.attn.norm for block in self.blocks[1:]] + [None]
         for layer, (block, norm) in enumerate(zip(self.blocks, following, strict=True)):
             h, state = block(h, state, cos, sin, cache, layer, normed=layer > 0, next_norm=norm)

@@ -35,13 +35,30 @@ L not N blocks of S   given N, exactly N blocks whose sizes differ by one at mos
                       shorter last block. Equal where it divides.
 ====================  ====================================================================================
 
+**Two phases** (section 4). Queries are parameters, so a *group* of readers that follow each other meets the sources
+finished before it at once (:func:`depthmix.functional.source_pool_many`, each source read once for all of them), and each
+reader then adds the sources begun since to its own softmax. A group is one block or several whole ones: the running
+sums are its fresh sources. The first writer of a group computes the means of all its readers, so it needs the queries of
+sites in other transformer blocks, whose parameters may be sharded away by then: :meth:`Residual.foresee` puts
+all queries, L numbers of D, into the state as one tensor, through which their gradients go back.
+
+Group size: with k sources finished, a group of m blocks of S sublayers moves, in units of [N, D] forwards and backwards
+(a source's gradient is written, then added to the one it already has: 4), about 6k for the finished sources, 3 S m (m + 1) for
+fresh ones and 7 S m for means and mixtures. Over all L / (S m) groups that is least at m = sqrt(blocks / S): 6 sublayers of
+32 in the full form, 3 L^2 / m instead of 3 L^2, and one block of the block form with 8.
+
 **Memory.** A source is kept once, however many sublayers read it, and running sums are added up once. Over PreNorm
 the backward pass keeps one [N, D] tensor per sublayer (its output, or the running sum it ends in; the mixture h is
-what PreNorm's sublayer also keeps as the input of its norm) and one number per token and source of every read.
+what PreNorm's sublayer also keeps as the input of its norm) and one number per token of every read. The means live from
+the first write of their group to their read, one [N, D] in fp32 for each reader ahead, and are not kept; where blocks are
+checkpointed, those that cross from one to the next are.
 
-**Precision.** Sources have the dtype of the embedding's output; scores, softmax and mean are fp32.
+**Precision.** Sources have the dtype of the embedding's output; scores, softmax and mean are fp32. In bf16 and fp16 the
+gradient takes h as it was rounded (:mod:`depthmix.ops.pool`).
 """
 
+import itertools
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,19 +75,31 @@ from .registry import register
 class SourceSite(Site):
     """Writes a source, or adds to the newest, then mixes all of them.
 
-    State: k sources ``[B, T, D]``; in eager execution then their k reciprocal root mean squares ``[B, T]`` and k
-    tokens (:mod:`depthmix.ops.attnres`). A state of sources alone, as ``torch.compile`` leaves it and a pipeline
-    may send it, is accepted everywhere.
+    State: k sources ``[B, T, D]``. After :meth:`AttentionResiduals.foresee` also, for this reader and those behind it in
+    its group, the mean of the finished sources ``[B, T, D]`` and its log-sum-exp ``[B, T]``, each in the compute dtype;
+    then the queries ``[R, D]`` of the R readers of later groups. A state of sources alone is accepted everywhere.
 
     Args:
         n_sources: k before the write.
         new_source: whether the output is a source of its own; otherwise it is added to the last.
         key_norm: ``"learned"`` or ``"plain"``.
+        n_finished: sources before the group's first write, which no reader of the group sees changed.
+        group: readers from this one to the last of its group, if this is the first; else 0.
     """
 
-    def __init__(self, d_model: int, n_sources: int, new_source: bool, key_norm: str, eps: float):
+    def __init__(
+        self,
+        d_model: int,
+        n_sources: int,
+        new_source: bool,
+        key_norm: str,
+        eps: float,
+        n_finished: int,
+        group: int,
+    ):
         super().__init__()
         self.n_sources, self.new_source, self.eps = n_sources, new_source, eps
+        self.n_finished, self.group = n_finished, group
         self.query = nn.Parameter(torch.empty(d_model))
         self.key_norm_weight = nn.Parameter(torch.empty(d_model)) if key_norm == "learned" else None
         self.reset_parameters()
@@ -84,7 +113,7 @@ class SourceSite(Site):
     def extra_repr(self) -> str:
         return f"n_sources={self.n_sources}, new_source={self.new_source}"
 
-    def _scoring_query(self, dtype: torch.dtype) -> Tensor:
+    def scoring_query(self, dtype: torch.dtype) -> Tensor:
         """``w * gamma [D]``: ``w . (rms(v) gamma) = (w gamma) . rms(v)``, and no source is scaled for it."""
         dtype = reference.compute_dtype(dtype)
         query = self.query.to(dtype)
@@ -98,43 +127,34 @@ class SourceSite(Site):
         *finished, running = sources
         return (*finished, running + layer_output)
 
-    def _with_tokens(self, state: State, n_sources: int) -> tuple[State, State, State]:
-        """Sources, reciprocals and tokens of a state, the last two made where it has none."""
-        if len(state) == n_sources:
-            reciprocals, tokens = zip(
-                *(functional.shared_source(v, eps=self.eps) for v in state), strict=True
-            )
-            return state, reciprocals, tokens
-        return state[:n_sources], state[n_sources : 2 * n_sources], state[2 * n_sources :]
-
     def write(self, layer_output, state):
-        written = self._written(layer_output, state[: self.n_sources])
-        if torch.compiler.is_compiling():
+        sources, foreseen = state[: self.n_sources], state[self.n_sources :]
+        written = self._written(layer_output, sources)
+        if not foreseen:
             return written
-        _, reciprocals, tokens = self._with_tokens(state, self.n_sources)
-        reciprocal, token = functional.shared_source(written[-1], eps=self.eps)
-        kept = len(written) - 1
-        return (*written, *reciprocals[:kept], reciprocal, *tokens[:kept], token)
-
-    def _read(self, state: State) -> tuple[Tensor, State]:
-        """The mixture, and the state from which the next reader's gradients come back in one chain."""
-        n_sources = self.n_sources + self.new_source
-        query = self._scoring_query(state[0].dtype)
-        if torch.compiler.is_compiling():
-            return functional.source_pool(state[:n_sources], query, scale=1.0, eps=self.eps), state
-        sources, reciprocals, tokens = self._with_tokens(state, n_sources)
-        h, tokens = functional.shared_source_pool(query, sources, reciprocals, tokens)
-        return h, (*sources, *reciprocals, *tokens)
+        *made, queries = foreseen
+        if self.group:
+            mine, queries = queries.split([self.group, len(queries) - self.group])
+            means, lses = functional.source_pool_many(sources, mine, scale=1.0, eps=self.eps)
+        else:  # what the reader before this one has read
+            _, *means = made[: len(made) // 2]
+            _, *lses = made[len(made) // 2 :]
+        return (*written, *means, *lses, queries)
 
     def read(self, state):
-        return self._read(state)[0]
-
-    def forward(self, layer_output, state):
-        return self._read(self.write(layer_output, state))
+        n_sources = self.n_sources + self.new_source
+        sources, made = state[:n_sources], state[n_sources:-1]
+        query = self.scoring_query(sources[0].dtype)
+        if not made:
+            return functional.source_pool(sources, query, scale=1.0, eps=self.eps)
+        carried = made[0], made[len(made) // 2]
+        return functional.source_pool(
+            sources[self.n_finished :], query, scale=1.0, eps=self.eps, carried=carried
+        )
 
     def gates(self, layer_output, state):
         written = torch.stack(self._written(layer_output, state[: self.n_sources]), -2)
-        return (reference.pool_weights(written, self._scoring_query(written.dtype), 1.0, self.eps),)
+        return (reference.pool_weights(written, self.scoring_query(written.dtype), 1.0, self.eps),)
 
     def mix(self, layer_output, state, gates):
         written = self._written(layer_output, state[: self.n_sources])
@@ -149,18 +169,30 @@ class AttentionResiduals(Residual):
         super().__init__(config)
         self.d_model, self.eps = config.d_model, config.norm_eps
         self.starts, self.key_norm = starts, key_norm
+        self.groups = reader_groups(starts)
 
-    def begin(self, x):
-        if torch.compiler.is_compiling():
-            return x, (x,)
-        return x, (x, *functional.shared_source(x, eps=self.eps))
-
-    def begin_mix(self, x, gates):
-        return x, (x,)
+    def foresee(self, state, sites):
+        return *state, torch.stack([site.scoring_query(state[0].dtype) for site in sites])
 
     def site(self, index):
-        n_sources = 1 + sum(self.starts[: index - 1])
-        return SourceSite(self.d_model, n_sources, self.starts[index - 1], self.key_norm, self.eps)
+        first, size = next((i, n) for i, n in self.groups if i < index <= i + n)
+        return SourceSite(
+            self.d_model,
+            n_sources=1 + sum(self.starts[: index - 1]),
+            new_source=self.starts[index - 1],
+            key_norm=self.key_norm,
+            eps=self.eps,
+            n_finished=1 + sum(self.starts[:first]),
+            group=size if index == first + 1 else 0,
+        )
+
+
+def reader_groups(starts: list[bool]) -> list[tuple[int, int]]:
+    """``(sublayers before it, readers)`` of every group; one begins where a block does."""
+    begun = [i for i, start in enumerate(starts) if start]
+    blocks = max(1, round(len(begun) / math.sqrt(len(starts))))
+    bounds = [*begun[::blocks], len(starts)]
+    return [(a, b - a) for a, b in itertools.pairwise(bounds)]
 
 
 @dataclass(frozen=True)

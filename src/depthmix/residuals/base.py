@@ -30,6 +30,7 @@ A new connection is one file: subclass :class:`Residual` and :class:`Site`, deco
 :func:`~depthmix.residuals.registry.register`, import the file in ``residuals/__init__.py``.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -127,6 +128,14 @@ class Residual(nn.Module):
     def begin_mix(self, x: Tensor, gates: Gates) -> tuple[Tensor, State]:
         """:meth:`begin` with given coefficients, linear in ``x [..., B, T, W]``."""
         return self.begin(x)
+
+    def foresee(self, state: State, sites: Sequence[Site]) -> State:
+        """What :meth:`begin` returned, with what it helps to know of all ``sites`` from the start.
+
+        A site's parameters are its own; where others need something of them sooner, it travels in the state.
+        The model calls this; where nobody does, every step works without.
+        """
+        return state
 
     def site(self, index: int) -> Site:
         """A new site for sublayer ``index`` (1 .. L); the caller owns it."""

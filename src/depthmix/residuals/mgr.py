@@ -177,6 +177,8 @@ class RampSite(Site):
     are laid side by side, once, into ``[B, T, n, D]``.
     """
 
+    fuses_norm = True
+
     def __init__(self, d_model: int, n_after: int, complete: bool, eps: float, scale: float | None):
         super().__init__()
         self.complete, self.eps, self.scale = complete, eps, scale
@@ -191,10 +193,17 @@ class RampSite(Site):
         streams = (*state, layer_output.to(state[0].dtype))
         return (torch.stack(streams, -2),) if self.complete else streams
 
-    def read(self, state):
+    def read(self, state, norm=None):
+        arguments = dict(scale=self.scale, eps=self.eps)
+        if norm is not None:
+            arguments |= dict(norm_weight=norm.weight, norm_eps=norm.eps)
         if self.complete:
-            return functional.attention_pool(state[0], self.pool_weight, scale=self.scale, eps=self.eps)
-        return functional.source_pool(state, self.pool_weight, scale=self.scale, eps=self.eps)
+            return functional.attention_pool(state[0], self.pool_weight, **arguments)
+        return functional.source_pool(state, self.pool_weight, **arguments)
+
+    def forward(self, layer_output, state, norm=None):
+        state = self.write(layer_output, state)
+        return self.read(state, norm), state
 
     def gates(self, layer_output, state):
         streams = torch.stack([*state, layer_output.to(state[0].dtype)], -2)
