@@ -16,6 +16,8 @@ from ..errors import EXIT_FAILED, UserError, suggest
 
 FORMAT = 1
 AGAINST = ("compile", "peers")
+PATIENCE = 60.0
+"""Seconds for the turns of one problem where their number was not asked for."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Bench:
     tokens: int | None = None
     """Tokens of an operation. Default: 4096 on a CPU; on a GPU as many as make 2^26 elements of streams or sources."""
     rounds: int | None = None
-    """Turns of every candidate. Default: 7 on a CPU, 30 on a GPU."""
+    """Turns of every candidate. Default: 7 on a CPU, 30 on a GPU, but at least three and for no more than about a
+    minute for one size of an operation."""
     threads: Annotated[int, arg(help_behavior_hint="(default: all cores)")] = os.cpu_count() or 1
     """CPU threads."""
     kernels: tuple[str, ...] = ()
@@ -89,6 +92,8 @@ def main(argv: list[str]) -> int:
     from .machine import installed_version, machine
     from .peers import PACKAGES
 
+    if plan.device.type == "cuda":
+        torch.cuda.set_device(plan.device)  # Triton starts kernels on the current one
     before = torch.get_num_threads()
     torch.set_num_threads(args.threads)
     try:
@@ -168,7 +173,9 @@ class Plan:
                     for n in ns:
                         for width in self.widths if "width" in axes else [None]:
                             held = case.vectors(variant, n) * (width or 1)
-                            tokens = args.tokens or (max(1024, FILL // held) if cuda else CPU_TOKENS)
+                            tokens = args.tokens or (
+                                max(1024, FILL // held // 1024 * 1024) if cuda else CPU_TOKENS
+                            )
                             size = Size(self.device, DTYPES[dtype], n, width, tokens)
                             place = {"case": name, "variant": variant, "dtype": dtype, "n": n}
                             place |= {"width": width, "tokens": tokens}
@@ -190,6 +197,7 @@ class Plan:
                 rounds=self.rounds,
                 flush=args.flush,
                 copy_bytes=COPY_BYTES[self.device.type],
+                patience=PATIENCE if args.rounds is None else float("inf"),
             )
 
     def _step_problems(self, name: str, variants: tuple[str, ...], args: Bench):
@@ -348,7 +356,7 @@ def _print_head(record: dict, out) -> None:
         f"{described['commit']}; CPU kernels {described['cpu_kernels']}"
     )
     out.print(
-        f"medians of {record['rounds']} turns; ratios are times of a line over another's, below 1: faster"
+        f"medians of up to {record['rounds']} turns; ratios are times of a line over another's, below 1: faster"
     )
 
 

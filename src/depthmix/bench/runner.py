@@ -2,13 +2,19 @@
 
 **The rule.** Outputs and gradients are compared with those of the reference in float64, tensor by tensor; the error
 of a tensor is its largest difference over the largest value of the truth. It may be twice the error of the reference
-run in the problem's own dtype, plus a floor for where that happens to be exact: a quarter of a unit in the last
-place of the largest value for bf16 and fp16, and 2^-20 (eight roundings of fp32) for every dtype. A candidate with a
-larger error, or with a value that is not finite, is wrong: it gets no time.
+run in the problem's own dtype, plus a floor for where that happens to be exact: 2^-20 (eight roundings of fp32), and
+for bf16 and fp16 a quarter of a unit in the last place of the largest value. A candidate with a larger error, or with
+a value that is not finite, is wrong: it gets no time.
+
+Gradients of parameters are sums over M vectors (tokens times streams or sources), which fp32 gives to about
+2^-24 sqrt(M) whatever their order: that is added to their floor. One token left out would show as 1 / sqrt(M). Some
+are few numbers (biases, scales), whose errors are single draws: half a unit is their floor for bf16 and fp16, and
+where a case has one such gradient for each of several steps, the reference's error is the largest of them.
 
 **Times.** Each turn runs every candidate once, forward with gradients recorded and then backward, so that a machine
 that slows down slows all of them. Figures are medians and quartiles over turns; ratios are taken turn by turn. On a
-GPU times are those of events on the stream, and before each run the cache is filled with something else.
+GPU times are those of events on the stream, one more turn comes first, and before each run the cache is filled with
+something else.
 """
 
 import os
@@ -28,7 +34,9 @@ from .machine import copy_seconds, installed_version
 KERNELS = ("auto", "torch", "native", "triton")
 """Backends of depthmix: ``auto`` is what it chooses by itself."""
 MODES = ("forward", "backward", "both")
-FLUSH_BYTES = 2**28
+FLUSH_BYTES = 2**30
+"""Far beyond a GPU's cache, and long enough to write that the first kernels are queued by then."""
+FEWEST_TURNS = 3
 CHUNK_ELEMENTS = 2**24
 """Elements of the largest input that the float64 reference takes at once."""
 
@@ -175,9 +183,10 @@ def result(candidate: Candidate, upstream: Tensors) -> Tensors:
     return found | {f"d {k}": g for k, g in made.gradients(gradients).items()}
 
 
-def tolerance_floor(dtype: torch.dtype) -> float:
-    """What is allowed beyond twice the reference's error (see the head of this file)."""
-    return 2.0**-20 + (torch.finfo(dtype).eps / 4 if dtype.itemsize < 4 else 0.0)
+def tolerance_floor(dtype: torch.dtype, vectors: float = 0) -> float:
+    """What is allowed beyond twice the reference's error (see the head of this file); ``vectors``: M, of a sum."""
+    rounding = torch.finfo(dtype).eps / (2 if vectors else 4) if dtype.itemsize < 4 else 0.0
+    return 2.0**-20 + rounding + 2.0**-24 * vectors**0.5
 
 
 def difference(x: Tensor, exact: Tensor) -> float:
@@ -196,13 +205,24 @@ def difference(x: Tensor, exact: Tensor) -> float:
     return largest / scale if scale else largest
 
 
-def check(candidate: Candidate, found: Tensors, exact: Tensors, reference: dict[str, float]) -> None:
-    """Fill the candidate's errors; it is wrong where one is larger than allowed."""
+def check(
+    candidate: Candidate,
+    found: Tensors,
+    exact: Tensors,
+    reference: dict[str, float],
+    sums: dict[str, float] | None = None,
+) -> None:
+    """Fill the candidate's errors; it is wrong where one is larger than allowed.
+
+    ``reference``: the error of the reference in the same dtype, of every tensor. ``sums``: for tensors that are sums
+    over vectors of many tokens, how many.
+    """
     # Outputs all of them; gradients as far as the candidate's layout gives them.
     compared = [k for k in exact if not k.startswith("d ") or k in found]
     for name in compared:
         error = difference(found.get(name), exact[name])
-        allowed = 2 * reference[name] + tolerance_floor(_dtype(found.get(name), exact[name]))
+        dtype = _dtype(found.get(name), exact[name])
+        allowed = 2 * reference[name] + tolerance_floor(dtype, (sums or {}).get(name, 0))
         candidate.errors[name] = error, allowed
         if not error <= allowed:
             candidate.status = "wrong"
@@ -231,6 +251,9 @@ def check_all(problem: Problem, competitors: list[Candidate], upstream: Tensors)
                 other.reason = "not checked: the reference failed; fewer --tokens may help"
         return
     eager.errors = {k: (error, error) for k, error in reference.items()}
+    per_token = sum(x.numel() for k, x in problem.inputs.items() if k not in problem.shared)
+    sums = {f"d {k}": per_token / problem.width for k in problem.shared}
+    reference |= _of_all_steps(reference, sums)
     for other in others:
         if other.status != "waiting":
             continue
@@ -238,7 +261,7 @@ def check_all(problem: Problem, competitors: list[Candidate], upstream: Tensors)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 found = result(other, upstream)
-            check(other, found, exact, reference)
+            check(other, found, exact, reference, sums)
         except Exception as error:  # of another package, or of ours: listed, and the others go on
             _clear(error)
             other.fail(error)
@@ -246,6 +269,15 @@ def check_all(problem: Problem, competitors: list[Candidate], upstream: Tensors)
         if candidate.status == "waiting" and not all(e == e and e < float("inf") for e in reference.values()):
             candidate.status, candidate.made = "failed", None
             candidate.reason = "the reference itself is not finite"
+
+
+def _of_all_steps(reference: dict[str, float], sums: dict[str, float]) -> dict[str, float]:
+    """Of each ``d NAME.k`` the largest error over k."""
+    largest: dict[str, float] = {}
+    for name in sums:
+        stem = name.partition(".")[0]
+        largest[stem] = max(largest.get(stem, 0.0), reference[name])
+    return {name: largest[name.partition(".")[0]] for name in sums}
 
 
 def _clear(error: BaseException) -> None:
@@ -277,7 +309,6 @@ class Clock:
                 return between - began, time.perf_counter() - between
             events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
             if self.other is not None:
-                # It also keeps the device busy while the first kernels are queued.
                 self.other.zero_()
             events[0].record()
             outputs = made.run(made.leaves)
@@ -288,10 +319,20 @@ class Clock:
             return events[0].elapsed_time(events[1]) / 1e3, events[1].elapsed_time(events[2]) / 1e3
 
 
-def take_turns(competitors: list[Candidate], upstream: Tensors, clock: Clock, rounds: int) -> None:
-    """Fill the seconds of all that were found right. The first turn warms up."""
+def take_turns(
+    competitors: list[Candidate], upstream: Tensors, clock: Clock, rounds: int, patience: float
+) -> int:
+    """Fill the seconds of all that were found right; the check has warmed them up.
+
+    Returns the number of turns: ``rounds``, or what took ``patience`` seconds, at least three.
+    """
     running = [c for c in competitors if c.status == "waiting"]
-    for turn in range(-1, rounds):
+    began = time.perf_counter()
+    turns = 0
+    for turn in range(0 if clock.device.type == "cpu" else -1, rounds):
+        if turns >= FEWEST_TURNS and time.perf_counter() - began > patience:
+            break
+        turns = turn + 1
         for candidate in running:
             if candidate.status == "failed":
                 continue
@@ -307,19 +348,28 @@ def take_turns(competitors: list[Candidate], upstream: Tensors, clock: Clock, ro
     for candidate in running:
         if candidate.status == "waiting":
             candidate.status = "timed"
+    return turns
 
 
 # --- one problem --------------------------------------------------------------------------------
 
 
 def measure(
-    problem: Problem, device: torch.device, *, kernels, against, rounds: int, flush: bool, copy_bytes: int
+    problem: Problem,
+    device: torch.device,
+    *,
+    kernels: tuple[str, ...],
+    against: tuple[str, ...],
+    rounds: int,
+    flush: bool,
+    copy_bytes: int,
+    patience: float = float("inf"),
 ) -> dict:
     """The record of a problem: floor, copies, and a row for every candidate."""
     upstream = upstream_gradients(problem)
     competitors = candidates(problem, device, kernels, against)
     check_all(problem, competitors, upstream)
-    take_turns(competitors, upstream, Clock(device, flush), rounds)
+    turns = take_turns(competitors, upstream, Clock(device, flush), rounds, patience)
     tokens = next(iter(upstream.values())).shape[0]
     some = next(x for k, x in problem.inputs.items() if k not in problem.shared)
     vector = tokens * problem.width * some.element_size()
@@ -336,6 +386,7 @@ def measure(
         for mode, f in problem.floor.items()
     }
     return {
+        "turns": turns,
         "floor": floor,
         "copy": {
             "bytes": held,
