@@ -122,7 +122,7 @@ def main(argv: list[str]) -> int:
     finally:
         torch.set_num_threads(before)
     if args.plots is not None:
-        for path in report.draw(record, Path(args.plots)):
+        for path in report.draw(_rounded(record), Path(args.plots)):
             out.print(f"written: {path}")
     if args.out is not None:
         out.print(f"written: {args.out}")

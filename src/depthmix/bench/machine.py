@@ -56,30 +56,37 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-def copy_seconds(device: torch.device, size: int, rounds: int = 5) -> float:
-    """Median seconds of copying ``size`` bytes to another place of the same memory."""
-    source = torch.empty(max(1, size // 4), dtype=torch.float32, device=device).normal_()
-    target = torch.empty_like(source)
-    return _median(lambda: target.copy_(source), device, rounds)
+class Copy:
+    """Copies ``size`` bytes to another place of the same memory, and keeps what each turn took."""
+
+    def __init__(self, device: torch.device, size: int):
+        self.device, self.size = device, size
+        self.source = torch.ones(max(1, size // 4), dtype=torch.float32, device=device)
+        self.target = torch.empty_like(self.source)
+        self.seconds: list[float] = []
+        self._run()
+
+    def _run(self) -> float:
+        return _seconds(lambda: self.target.copy_(self.source), self.device)
+
+    def turn(self) -> None:
+        self.seconds.append(self._run())
 
 
 def matrix_flops(device: torch.device, dtype: torch.dtype, size: int, rounds: int = 5) -> float:
     """Multiplications and additions a second of a product of two square matrices."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / _median(lambda: a @ b, device, rounds)
+    a @ b
+    return 2 * size**3 / statistics.median(_seconds(lambda: a @ b, device) for _ in range(rounds))
 
 
-def _median(work, device: torch.device, rounds: int) -> float:
+def _seconds(work, device: torch.device) -> float:
     # Several at once on a GPU, where starting one takes as long as some of them.
     repeats = 20 if device.type == "cuda" else 1
-    work()
-    seconds = []
-    for _ in range(rounds):
-        began = now(device)
-        for _ in range(repeats):
-            work()
-        seconds.append((now(device) - began) / repeats)
-    return statistics.median(seconds)
+    began = now(device)
+    for _ in range(repeats):
+        work()
+    return (now(device) - began) / repeats
 
 
 def _processor() -> str:

@@ -176,6 +176,8 @@ def _bandwidth(problems: list[dict]) -> bytes:
 
 def _ratios(problems: list[dict]) -> bytes:
     """Forward and backward of depthmix over every other candidate, a line for each problem."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
     names = [f"{_label(p)}" + (f", D = {p['width']}" if p["width"] else "") for p in problems]
     others: dict[str, list[tuple[int, float]]] = {}
     for index, problem in enumerate(problems):
@@ -192,6 +194,10 @@ def _ratios(problems: list[dict]) -> bytes:
             ax.plot(ratios, where, mark, color=PALETTE[index % len(PALETTE)], label=f"over {name}")
         ax.axvline(1, color=INK, linewidth=1, alpha=0.7)
         ax.set_xscale("log")
+        plain = FuncFormatter(lambda value, _: f"{value:g}")
+        ax.xaxis.set_major_formatter(plain)
+        low, high = ax.get_xlim()
+        ax.xaxis.set_minor_formatter(plain if high < 10 * low else NullFormatter())
         ax.set_yticks(range(len(names)), names)
         ax.set_ylim(len(names) - 0.5, -0.5)
         ax.set_xlabel("time of depthmix over another's, forward and backward (below 1: faster)")

@@ -12,7 +12,8 @@ are few numbers (biases, scales), whose errors are single draws: half a unit is 
 where a case has one such gradient for each of several steps, the reference's error is the largest of them.
 
 **Times.** Each turn runs every candidate once, forward with gradients recorded and then backward, so that a machine
-that slows down slows all of them. Figures are medians and quartiles over turns; ratios are taken turn by turn. On a
+that slows down slows all of them, and copies the streams once and a buffer far beyond the caches, for the same reason.
+Figures are medians and quartiles over turns; ratios are taken turn by turn. On a
 GPU times are those of events on the stream, one more turn comes first, and before each run the cache is filled with
 something else.
 """
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor
 
 from .case import Adapted, Peer, Problem, Tensors, leaf
-from .machine import copy_seconds, installed_version
+from .machine import Copy, installed_version
 
 KERNELS = ("auto", "torch", "native", "triton")
 """Backends of depthmix: ``auto`` is what it chooses by itself."""
@@ -320,7 +321,12 @@ class Clock:
 
 
 def take_turns(
-    competitors: list[Candidate], upstream: Tensors, clock: Clock, rounds: int, patience: float
+    competitors: list[Candidate],
+    upstream: Tensors,
+    clock: Clock,
+    copies: tuple[Copy, ...],
+    rounds: int,
+    patience: float,
 ) -> int:
     """Fill the seconds of all that were found right; the check has warmed them up.
 
@@ -345,6 +351,9 @@ def take_turns(
             if turn >= 0:
                 for mode, seconds in zip(MODES, (forward, backward, forward + backward), strict=True):
                     candidate.seconds[mode].append(seconds)
+        if turn >= 0:
+            for copy in copies:
+                copy.turn()
     for candidate in running:
         if candidate.status == "waiting":
             candidate.status = "timed"
@@ -369,7 +378,6 @@ def measure(
     upstream = upstream_gradients(problem)
     competitors = candidates(problem, device, kernels, against)
     check_all(problem, competitors, upstream)
-    turns = take_turns(competitors, upstream, Clock(device, flush), rounds, patience)
     tokens = next(iter(upstream.values())).shape[0]
     some = next(x for k, x in problem.inputs.items() if k not in problem.shared)
     vector = tokens * problem.width * some.element_size()
@@ -379,8 +387,8 @@ def measure(
         for k, x in problem.inputs.items()
         if k not in problem.shared and not k.startswith("layer_output")
     )
-    once = copy_seconds(device, held)
-    bandwidth = 2 * copy_bytes / copy_seconds(device, copy_bytes)
+    once, far = Copy(device, held), Copy(device, copy_bytes)
+    turns = take_turns(competitors, upstream, Clock(device, flush), (once, far), rounds, patience)
     floor = {
         mode: {"read": f.read, "written": f.written, "bytes": int(f.total * vector)}
         for mode, f in problem.floor.items()
@@ -390,15 +398,15 @@ def measure(
         "floor": floor,
         "copy": {
             "bytes": held,
-            "ms": 1e3 * once,
+            "ms": 1e3 * statistics.median(once.seconds),
             "far_bytes": copy_bytes,
-            "bytes_per_second": bandwidth,
+            "bytes_per_second": 2 * copy_bytes / statistics.median(far.seconds),
         },
-        "rows": [*rows(competitors, floor, once, bandwidth)],
+        "rows": [*rows(competitors, floor, once, far)],
     }
 
 
-def rows(competitors: list[Candidate], floor: dict, once: float, bandwidth: float) -> Iterator[dict]:
+def rows(competitors: list[Candidate], floor: dict, once: Copy, far: Copy) -> Iterator[dict]:
     timed = [c for c in competitors if c.status == "timed"]
     for candidate in competitors:
         row = {
@@ -415,26 +423,24 @@ def rows(competitors: list[Candidate], floor: dict, once: float, bandwidth: floa
             row["error"] = {"tensor": name, "value": error, "allowed": allowed}
         if candidate.status == "timed":
             row["modes"] = {
-                mode: _figures(candidate, mode, floor[mode]["bytes"], once, bandwidth, timed)
-                for mode in MODES
+                mode: _figures(candidate, mode, floor[mode]["bytes"], once, far, timed) for mode in MODES
             }
         yield row
 
 
-def _figures(candidate: Candidate, mode: str, size: int, once: float, bandwidth: float, timed) -> dict:
+def _figures(candidate: Candidate, mode: str, size: int, once: Copy, far: Copy, timed) -> dict:
     own = candidate.seconds[mode]
-    median = statistics.median(own)
-    ratios = {
-        other.name: statistics.median(a / b for a, b in zip(own, other.seconds[mode], strict=True))
-        for other in timed
-        if other is not candidate
-    }
+
+    def over(others: list[float]) -> float:
+        return statistics.median(a / b for a, b in zip(own, others, strict=True))
+
     return {
-        "ms": 1e3 * median,
+        "ms": 1e3 * statistics.median(own),
         "quartiles_ms": quartiles(own),
-        "share_of_copy_bandwidth": size / bandwidth / median,
-        "copies": median / once,
-        "over": ratios,
+        # A copy of so many bytes reads and writes as many.
+        "share_of_copy_bandwidth": size / (2 * far.size) / over(far.seconds),
+        "copies": over(once.seconds),
+        "over": {other.name: over(other.seconds[mode]) for other in timed if other is not candidate},
     }
 
 
