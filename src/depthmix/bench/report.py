@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from ..errors import UserError
-from ..report.plots import INK, PALETTE, _figure, _legend, _settings
+from ..report.plots import INK, PALETTE, _figure, _settings
 from ..report.write import write_atomically
 
 MARKS = ("o", "s", "^", "D", "v", "P")
@@ -138,7 +138,9 @@ def _picture(width: float, height: float, panels: int, paint) -> bytes:
     with matplotlib.rc_context(_settings(INK, 9)):
         figure, axes = _figure(width, height, panels, INK, transparent=False)
         paint(axes)
-        _legend(figure, axes)
+        handles = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
+        columns = max(1, min(len(handles), int(width / 3)))
+        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
     return buffer.getvalue()
@@ -157,7 +159,10 @@ def _bandwidth(problems: list[dict]) -> bytes:
         if problem["width"]:
             lines.setdefault(_label(problem), []).append(problem)
 
+    widths = sorted({problem["width"] for line in lines.values() for problem in line})
+
     def paint(axes):
+        axes[0].sharey(axes[1])
         for ax, mode in zip(axes, ("forward", "backward"), strict=True):
             for index, (label, line) in enumerate(lines.items()):
                 line = sorted(line, key=lambda p: p["width"])
@@ -166,11 +171,14 @@ def _bandwidth(problems: list[dict]) -> bytes:
                 colour = PALETTE[index % len(PALETTE)]
                 ax.plot([p["width"] for p in line], shares, marker=mark, color=colour, label=label)
             ax.set_title(mode)
+            ax.set_xscale("log")
+            ax.set_xticks(widths, map(str, widths))
+            ax.set_xticks([], minor=True)
             ax.set_xlabel("D")
             ax.set_ylabel("share of copy bandwidth at the floor (%)")
             ax.set_ylim(bottom=0)
 
-    rows = -(-len(lines) // 5)
+    rows = -(-len(lines) // 3)
     return _picture(10, 4 + 0.2 * rows, 2, paint)
 
 
