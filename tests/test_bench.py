@@ -400,6 +400,21 @@ def test_resume_on_another_machine_is_refused(tmp_path, capsys):
     assert json.loads(out.read_text()) == record
 
 
+def test_what_does_not_fit_is_passed_over(tmp_path, monkeypatch, capsys):
+    build = CASES["pool"].build
+
+    def large(size, variant):
+        if size.dtype == torch.float32:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 TiB")
+        return build(size, variant)
+
+    monkeypatch.setitem(CASES, "pool", dataclasses.replace(CASES["pool"], build=large))
+    out = tmp_path / "record.json"
+    assert run("pool:streams", "--against", "--dtype", "fp32", "bf16", out=out) == 1
+    assert [p["dtype"] for p in json.loads(out.read_text())["problems"]] == ["bf16"]
+    assert "out of memory; try fewer --tokens" in capsys.readouterr().out
+
+
 def test_a_stopped_run_leaves_its_problems(tmp_path, monkeypatch):
     def stop(size, variant):
         raise KeyboardInterrupt
@@ -523,7 +538,7 @@ def test_wrong_models_are_not_timed(tiny_preset, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(functional, "multi_gate_replay_step", off)
     out = tmp_path / "record.json"
     assert run("training-step", "--preset", "tiny", "--residuals", "mgr-competitive", out=out) == 1
-    assert "mgr-competitive, replay: WRONG (error" in capsys.readouterr().out
+    assert "mgr-competitive, replay: WRONG (gradient: error" in capsys.readouterr().out
     prenorm, mgr = json.loads(out.read_text())["problems"][0]["rows"]
     assert mgr["status"] == "wrong" and "modes" not in mgr and prenorm["status"] == "timed"
 

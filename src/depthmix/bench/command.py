@@ -64,7 +64,7 @@ class Bench:
     sequences: int | None = None
     """Sequences of a training pass. Default: the preset's micro-batch on a GPU, what takes seconds on a CPU."""
     compile: FlagCreatePairsOff[bool] = False
-    """Compile the step cases' models with torch.compile."""
+    """Compile the models of training-step with torch.compile."""
     out: str | None = None
     """Write the record here as JSON, after every problem."""
     resume: FlagCreatePairsOff[bool] = False
@@ -92,8 +92,9 @@ def main(argv: list[str]) -> int:
     from .machine import installed_version, machine
     from .peers import PACKAGES
 
-    if plan.device.type == "cuda":
+    if plan.device.index is not None:
         torch.cuda.set_device(plan.device)  # Triton starts kernels on the current one
+    status = 0
     before = torch.get_num_threads()
     torch.set_num_threads(args.threads)
     try:
@@ -115,7 +116,16 @@ def main(argv: list[str]) -> int:
         for key, measure in plan.problems(args):
             if key in done:
                 continue
-            problem = {"key": key, **measure()}
+            try:
+                problem = {"key": key, **measure()}
+            except RuntimeError as error:
+                if "out of memory" not in str(error) and "not enough memory" not in str(error):
+                    raise
+                # Inputs or truth did not fit. Not in the record, so that --resume tries again.
+                out.print(f"\n{key}: out of memory; try fewer --tokens")
+                status = EXIT_FAILED
+                continue
+            done.add(key)
             record["problems"].append(problem)
             report.print_problem(problem, out)
             _save(record, args.out)
@@ -126,18 +136,16 @@ def main(argv: list[str]) -> int:
             out.print(f"written: {path}")
     if args.out is not None:
         out.print(f"written: {args.out}")
-    return EXIT_FAILED if _own_failures(record) else 0
+    return EXIT_FAILED if _own_failed(record) else status
 
 
-def _own_failures(record: dict) -> list[str]:
-    from .runner import OWN_FAILURES
-
-    return [
-        f"{problem['key']}: {row['candidate']}"
+def _own_failed(record: dict) -> bool:
+    """Whether a result of depthmix is wrong, or could not be computed."""
+    return any(
+        row["kind"] in ("depthmix", "model") and row["status"] in ("wrong", "failed")
         for problem in record["problems"]
         for row in problem["rows"]
-        if row["kind"] in ("depthmix", "model") and row["status"] in OWN_FAILURES
-    ]
+    )
 
 
 # --- the plan -----------------------------------------------------------------------------------
@@ -355,6 +363,8 @@ def _print_head(record: dict, out) -> None:
         f"{described['device']}, {described['threads']} threads, torch {described['torch']}, commit "
         f"{described['commit']}; CPU kernels {described['cpu_kernels']}"
     )
+    packages = (f"{package} {version or 'not installed'}" for package, version in record["peers"].items())
+    out.print(f"other packages: {', '.join(packages)}")
     out.print(
         f"medians of up to {record['rounds']} turns; ratios are times of a line over another's, below 1: faster"
     )

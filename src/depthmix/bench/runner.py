@@ -41,8 +41,6 @@ FEWEST_TURNS = 3
 CHUNK_ELEMENTS = 2**24
 """Elements of the largest input that the float64 reference takes at once."""
 
-OWN_FAILURES = ("wrong", "failed")
-
 
 @contextmanager
 def using(kernels: str | None):

@@ -189,7 +189,7 @@ def _gradient(model: GPT, ids: Tensor, precision: str) -> Tensor:
     return torch.cat([g.flatten() for g in gradients])
 
 
-def _judge(run, exact_run, reference_run, choice: str) -> dict:
+def _judge(what: str, run, exact_run, reference_run, choice: str) -> dict:
     """``{"status", "reason", "error"}`` of what ``run`` returns, by the rule at the head of this file."""
     with using("torch"):
         exact, reference = exact_run(), reference_run()
@@ -199,8 +199,8 @@ def _judge(run, exact_run, reference_run, choice: str) -> dict:
     right = error <= allowed
     return {
         "status": "timed" if right else "wrong",
-        "reason": None if right else f"error {error:.2e}, allowed {allowed:.2e}",
-        "error": {"tensor": "gradient", "value": error, "allowed": allowed},
+        "reason": None if right else f"{what}: error {error:.2e}, allowed {allowed:.2e}",
+        "error": {"tensor": what, "value": error, "allowed": allowed},
     }
 
 
@@ -209,6 +209,7 @@ def _check_training(each: Trainee, device: torch.device) -> dict:
     precision = each.config.precision
     exact = copy.deepcopy(each.model).double()
     return _judge(
+        "gradient",
         lambda: _gradient(each.model, ids, precision),
         lambda: _gradient(exact, ids, "fp32"),
         lambda: _gradient(_reference_model(each.model, each.config, device), ids, precision),
@@ -368,6 +369,7 @@ def _check_generation(model: GPT, config: TrainConfig, choice: str, ids: Tensor)
     exact = copy.deepcopy(model).double()
     device = model.embed.weight.device
     return _judge(
+        "logits",
         _decoder(model, ids, prefix),
         lambda: whole(exact),
         lambda: _decoder(_reference_model(model, config, device), ids, prefix)(),
