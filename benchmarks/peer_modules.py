@@ -24,10 +24,10 @@ from typing import Annotated
 import torch
 import tyro
 from torch import Tensor, nn
-from training_step import machine
 from tyro.conf import arg
 
 from depthmix import GPTConfig, functional
+from depthmix.bench.machine import machine
 from depthmix.residuals import build_residual
 
 SIZES = ((16, 128, 64), (4, 256, 256))

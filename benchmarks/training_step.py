@@ -11,15 +11,11 @@ medians.
 """
 
 import dataclasses
-import datetime
 import json
 import os
-import platform
 import shlex
 import statistics
-import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -28,15 +24,12 @@ import torch
 import tyro
 from tyro.conf import arg
 
+from depthmix.bench.machine import machine
+from depthmix.bench.steps import SEQUENCES, random_batch, train_in_turns, trainee
 from depthmix.info import describe
-from depthmix.ops import native
-from depthmix.optim import build_optimizer
 from depthmix.presets import preset
 from depthmix.residuals import available_residuals
-from depthmix.train import build_model
 
-SEQUENCES = {"quick": 16, "xs": 1, "S": 1}
-"""Sequences timed at once; a preset's batch is a multiple of them."""
 ROUNDS = {"quick": 30, "xs": 9, "S": 5}
 
 
@@ -66,33 +59,17 @@ def measure(name: str, residuals: list[str], rounds: int, device: torch.device) 
     config = preset(name)
     sequences = SEQUENCES.get(name, 1)
     passes = config.batch_size // sequences
-    shape = (2, sequences, config.model.seq_len)
-    generator = torch.Generator().manual_seed(0)
-    inputs, targets = torch.randint(0, config.model.vocab_size, shape, generator=generator).to(device)
+    inputs, targets = random_batch(config, sequences, device)
     runs = {}
     counts = {}
     for residual in residuals:
         model_config = dataclasses.replace(config.model, residual=residual)
         run = dataclasses.replace(config, model=model_config, precision="fp32")
         counts[residual] = describe(run)
-        model = build_model(run, device)
-        runs[residual] = model, build_optimizer(model, config.optim)
-    gradients = {residual: [] for residual in residuals}
-    updates = {residual: [] for residual in residuals}
-    for round_ in range(-1, rounds):  # one round to warm up
-        for residual, (model, optimizer) in runs.items():
-            began = now(device)
-            model(inputs, targets)[1].backward()
-            done = now(device)
-            if round_ >= 0:
-                gradients[residual].append(done - began)
-            if passes == 1 or round_ < 2:
-                optimizer.clip_grad_norm(1.0)
-                optimizer.step()
-                if round_ >= 0:
-                    updates[residual].append(now(device) - done)
-            optimizer.zero_grad()
-    update = {residual: statistics.median(times) for residual, times in updates.items()}
+        runs[residual] = trainee(run, device)
+    train_in_turns([*runs.values()], inputs, targets, rounds, passes, device)
+    gradients = {residual: run.gradients for residual, run in runs.items()}
+    update = {residual: statistics.median(run.updates) for residual, run in runs.items()}
     rows = []
     for residual, times in gradients.items():
         # Pass by pass: both of a pair ran within the same moments.
@@ -119,35 +96,6 @@ def measure(name: str, residuals: list[str], rounds: int, device: torch.device) 
         "rounds": rounds,
         "rows": rows,
     }
-
-
-def now(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def machine(device: torch.device) -> dict:
-    """What the figures depend on."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cpu_kernels": native.status(),
-        "commit": commit.stdout.strip() or "unknown",
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def main() -> None:

@@ -49,7 +49,7 @@ def test_process_help_version_and_error():
     assert wrong.returncode == 2 and wrong.stdout == ""
     assert wrong.stderr == (
         "depthmix: unknown verb 'trian'. Did you mean 'train'? "
-        "Valid: train, compare, depth-sweep, generate, map, data, info\n"
+        "Valid: train, compare, depth-sweep, generate, map, bench, data, info\n"
     )
 
 
@@ -63,6 +63,7 @@ HELPS = {
     "compare": ["tokens", "Optimiser steps", "depthmix compare --recipe quick"],
     "depth-sweep": ["tokens", "Depths, in sublayers", "depthmix depth-sweep --residuals all"],
     "generate": ["New tokens at most", "depthmix generate runs/mgr"],
+    "bench": ["Numbers of streams", "depthmix bench mgr-step"],
     "map": ["Tokens that a map is the mean over", "depthmix map runs/prenorm"],
     "info": ["tokens", "depthmix info --preset M"],
 }

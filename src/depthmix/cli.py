@@ -30,6 +30,7 @@ VERBS = {
     "depth-sweep": "train residual connections at several depths and show which of them still learn",
     "generate": "continue a text with a trained model",
     "map": "draw how much of every earlier output each sublayer reads (the mixing map)",
+    "bench": "time the operations and a step, each checked against a reference first",
     "data": "prepare or inspect training data (data prepare, data inspect)",
     "info": "sizes and costs of a model without building it; --list names the residual connections",
 }
@@ -119,6 +120,7 @@ def _dispatch(argv: list[str]) -> int:
         "depth-sweep": _depth_sweep,
         "generate": _generate,
         "map": _map,
+        "bench": _bench,
         "data": _data,
         "info": _info,
     }
@@ -304,6 +306,12 @@ def _tokenizer_of(path: Path):
 
 def _map(argv: list[str]) -> int:
     from .map_command import main
+
+    return main(argv)
+
+
+def _bench(argv: list[str]) -> int:
+    from .bench.command import main
 
     return main(argv)
 

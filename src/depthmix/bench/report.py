@@ -1,0 +1,213 @@
+"""The record on a terminal, and plots drawn from it alone."""
+
+import io
+import os
+from pathlib import Path
+
+from ..errors import UserError
+from ..report.plots import INK, PALETTE, _figure, _settings
+from ..report.write import write_atomically
+
+MARKS = ("o", "s", "^", "D", "v", "P")
+
+
+def console():
+    from rich.console import Console
+
+    wide = Console(highlight=False)
+    # A pipe has no width; tables that are cut off help nobody.
+    return wide if wide.is_terminal else Console(highlight=False, width=int(os.environ.get("COLUMNS", 160)))
+
+
+def title(problem: dict) -> str:
+    parts = [f"{problem['case']} {problem['variant']}", problem["dtype"]]
+    parts += [f"n = {problem['n']}"] if problem.get("n") else []
+    parts += [f"D = {problem['width']}"] if problem.get("width") else []
+    parts += [f"{problem['tokens']:,} tokens"] if problem.get("tokens") else []
+    parts += [f"preset {problem['preset']}"] if problem.get("preset") else []
+    parts += [f"{problem['batch']} x 1 token behind {problem['prefix']}"] if problem.get("batch") else []
+    return ", ".join(parts)
+
+
+def print_problem(problem: dict, out) -> None:
+    """One table: a line for every candidate and mode that was timed, a line for each that was not."""
+    table = _operation_table(problem) if "floor" in problem else _model_table(problem)
+    out.print()
+    out.print(title(problem), style="bold")
+    if "copy" in problem:
+        copy = problem["copy"]
+        out.print(
+            f"copying the streams once: {copy['ms']:.3f} ms for {copy['bytes'] / 1e6:,.1f} MB; bandwidth of a copy "
+            f"of {copy['far_bytes'] / 1e6:,.0f} MB, of which shares are taken: "
+            f"{copy['bytes_per_second'] / 1e9:,.1f} GB/s"
+        )
+    out.print(table)
+    for row in problem["rows"]:
+        if row["status"] != "timed":
+            word = "WRONG" if row["status"] == "wrong" else row["status"]
+            out.print(f"  {row['candidate']}: {word}" + (f" ({row['reason']})" if row["reason"] else ""))
+
+
+def _table(columns: list[str]):
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="left" if index < 2 else "right", overflow="fold")
+    return table
+
+
+def _time(figures: dict) -> str:
+    low, high = figures["quartiles_ms"]
+    return f"{figures['ms']:.4g} ({low:.4g} to {high:.4g})"
+
+
+def _operation_table(problem: dict):
+    timed = [row for row in problem["rows"] if row["status"] == "timed"]
+    others = [row["candidate"] for row in timed if row["kind"] != "depthmix"]
+    columns = ["candidate", "mode", "ms (quartiles)", "MB at the floor", "of copy bandwidth", "x copy"]
+    table = _table(columns + [f"/ {name}" for name in others])
+    for row in timed:
+        for mode, figures in row["modes"].items():
+            ratios = [figures["over"].get(name) for name in others]
+            table.add_row(
+                row["candidate"] if mode == "forward" else "",
+                mode,
+                _time(figures),
+                f"{problem['floor'][mode]['bytes'] / 1e6:,.1f}",
+                f"{100 * figures['share_of_copy_bandwidth']:.1f} %",
+                f"{figures['copies']:.2f}",
+                *("" if ratio is None else f"{ratio:.3f}" for ratio in ratios),
+            )
+    return table
+
+
+def _model_table(problem: dict):
+    training = problem["case"] == "training-step"
+    columns = ["model", "mode", "ms (quartiles of a pass)" if training else "ms (quartiles)", "tokens/s"]
+    columns += (
+        ["MFU", "peak MB", "bytes kept per token", "/ prenorm", "peak / prenorm"]
+        if training
+        else ["/ prenorm"]
+    )
+    table = _table(columns)
+    for row in problem["rows"]:
+        for mode, figures in row.get("modes", {}).items():
+            low, high = figures["quartiles_ms"]
+            cells = [row["candidate"], mode, f"{figures['ms']:,.4g} ({low:,.4g} to {high:,.4g})"]
+            cells.append(f"{figures['tokens_per_second']:,.0f}")
+            if training:
+                peak = figures["peak_memory_bytes"]
+                cells.append(f"{100 * figures['mfu']:.1f} %")
+                cells.append("" if peak is None else f"{peak / 1e6:,.0f}")
+                cells.append(f"{figures['saved_bytes_per_token']:,}")
+            ratio = figures["over"].get("prenorm")
+            cells.append("" if ratio is None else f"{ratio:.3f}")
+            if training:
+                ratio = figures.get("peak_memory_over_prenorm")
+                cells.append("" if ratio is None else f"{ratio:.3f}")
+            table.add_row(*cells)
+    return table
+
+
+# --- plots --------------------------------------------------------------------------------------
+
+
+def draw(record: dict, folder: Path) -> list[Path]:
+    """Write ``NAME.png`` for all that the record allows to draw; return their paths.
+
+    Raises ``UserError`` where it holds no timed operation.
+    """
+    problems = [p for p in record["problems"] if "floor" in p and _own(p) is not None]
+    if not problems:
+        raise UserError("the record holds no timed operation of depthmix, so there is nothing to draw")
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = {"bandwidth.png": _bandwidth(problems), "ratios.png": _ratios(problems)}
+    return [write_atomically(folder / name, data) for name, data in pictures.items()]
+
+
+def _own(problem: dict) -> dict | None:
+    """The row of depthmix as it is used; else the fastest of its backends."""
+    rows = [r for r in problem["rows"] if r["kind"] == "depthmix" and r["status"] == "timed"]
+    return min(rows, key=lambda r: (r["candidate"] != "depthmix", r["modes"]["both"]["ms"]), default=None)
+
+
+def _picture(width: float, height: float, panels: int, paint) -> bytes:
+    import matplotlib
+
+    with matplotlib.rc_context(_settings(INK, 9)):
+        figure, axes = _figure(width, height, panels, INK, transparent=False)
+        paint(axes)
+        handles = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
+        columns = max(1, min(len(handles), int(width / 3)))
+        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _label(problem: dict) -> str:
+    parts = [f"{problem['case']} {problem['variant']}"]
+    parts += [f"n = {problem['n']}"] if problem["n"] else []
+    return ", ".join([*parts, problem["dtype"]])
+
+
+def _bandwidth(problems: list[dict]) -> bytes:
+    """Share of the copy bandwidth at the floor against D, forward and backward."""
+    lines: dict[str, list[dict]] = {}
+    for problem in problems:
+        if problem["width"]:
+            lines.setdefault(_label(problem), []).append(problem)
+
+    widths = sorted({problem["width"] for line in lines.values() for problem in line})
+
+    def paint(axes):
+        axes[0].sharey(axes[1])
+        for ax, mode in zip(axes, ("forward", "backward"), strict=True):
+            for index, (label, line) in enumerate(lines.items()):
+                line = sorted(line, key=lambda p: p["width"])
+                shares = [100 * _own(p)["modes"][mode]["share_of_copy_bandwidth"] for p in line]
+                mark = MARKS[index // len(PALETTE) % len(MARKS)]
+                colour = PALETTE[index % len(PALETTE)]
+                ax.plot([p["width"] for p in line], shares, marker=mark, color=colour, label=label)
+            ax.set_title(mode)
+            ax.set_xscale("log")
+            ax.set_xticks(widths, map(str, widths))
+            ax.set_xticks([], minor=True)
+            ax.set_xlabel("D")
+            ax.set_ylabel("share of copy bandwidth at the floor (%)")
+            ax.set_ylim(bottom=0)
+
+    rows = -(-len(lines) // 3)
+    return _picture(10, 4 + 0.2 * rows, 2, paint)
+
+
+def _ratios(problems: list[dict]) -> bytes:
+    """Forward and backward of depthmix over every other candidate, a line for each problem."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    names = [f"{_label(p)}" + (f", D = {p['width']}" if p["width"] else "") for p in problems]
+    others: dict[str, list[tuple[int, float]]] = {}
+    for index, problem in enumerate(problems):
+        kinds = {row["candidate"]: row["kind"] for row in problem["rows"]}
+        for name, ratio in _own(problem)["modes"]["both"]["over"].items():
+            if kinds[name] != "depthmix":
+                others.setdefault(name, []).append((index, ratio))
+
+    def paint(axes):
+        (ax,) = axes
+        for index, (name, points) in enumerate(others.items()):
+            where, ratios = zip(*points, strict=True)
+            mark = MARKS[index // len(PALETTE) % len(MARKS)]
+            ax.plot(ratios, where, mark, color=PALETTE[index % len(PALETTE)], label=f"over {name}")
+        ax.axvline(1, color=INK, linewidth=1, alpha=0.7)
+        ax.set_xscale("log")
+        plain = FuncFormatter(lambda value, _: f"{value:g}")
+        ax.xaxis.set_major_formatter(plain)
+        low, high = ax.get_xlim()
+        ax.xaxis.set_minor_formatter(plain if high < 10 * low else NullFormatter())
+        ax.set_yticks(range(len(names)), names)
+        ax.set_ylim(len(names) - 0.5, -0.5)
+        ax.set_xlabel("time of depthmix over another's, forward and backward (below 1: faster)")
+
+    return _picture(8, 1.8 + 0.25 * len(names), 1, paint)
