@@ -238,35 +238,6 @@ def norm_backward(grad: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> tuple[T
     return (grad_c * weight_c).mul_(r).addcmul_(x_c, along_x), d_weight
 
 
-class AttentionPool(torch.autograd.Function):
-    """``(streams [N, n, D], pool_weight [D] or None) -> h [N, D]``."""
-
-    @staticmethod
-    def forward(ctx, streams, pool_weight, scale, eps):
-        dtype = compute_dtype(streams.dtype)
-        with _plain(streams.device):
-            h, alpha, r, a = pool_forward(streams.to(dtype), _to(pool_weight, dtype), scale, eps)
-        ctx.save_for_backward(streams, pool_weight, alpha, r, a)
-        ctx.scale = scale
-        return h.to(streams.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_h):
-        streams, pool_weight, alpha, r, a = ctx.saved_tensors
-        dtype = compute_dtype(streams.dtype)
-        with _plain(streams.device):
-            grad, d_weight = pool_backward(
-                grad_h.to(dtype), None, streams.to(dtype), _to(pool_weight, dtype), alpha, r, a, ctx.scale
-            )
-        return (
-            grad.to(streams.dtype),
-            None if d_weight is None else d_weight.to(pool_weight.dtype),
-            None,
-            None,
-        )
-
-
 class RMSNorm(torch.autograd.Function):
     """``x [..., D], weight [D] -> x / sqrt(mean(x^2) + eps) * weight``; keeps ``x`` and a number per row."""
 
