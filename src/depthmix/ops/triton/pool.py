@@ -51,7 +51,7 @@ from . import interpreting
 
 SOURCES = 32
 """Sources of one launch: its code is unrolled over them."""
-LONGEST_ROW = 16384
+LONGEST_ROW = 8192
 """Numbers of a row that a program holds at most; beyond, a row is passed through in tiles."""
 
 
@@ -63,8 +63,8 @@ class Launch(NamedTuple):
     sub: int
     """Pieces."""
     warps: int
-    resident: bool
-    """The sources stay in registers between their first and their second use."""
+    group: int
+    """Sources loaded together. The only group keeps its sources in registers from their first to their last use."""
 
 
 TUNED: dict[tuple[str, int, int, int], Launch] = {}
@@ -78,8 +78,8 @@ def pieces(width: int) -> tuple[int, int]:
     [(256, 3), (1024, 1), (256, 5), (1024, 5), (1024, 7), (1024, 1)]
     """
     options = ((triton.next_power_of_2(triton.cdiv(width, sub)), sub) for sub in range(1, 9))
-    # Pieces of less than a warp's 32 lanes would leave lanes without work.
-    return min((o for o in options if o[0] >= 32 or o[1] == 1), key=lambda o: (o[0] * o[1], o[1]))
+    # A warp reads 256 numbers of 16 bits at once; below, pieces are not worth their instructions.
+    return min((o for o in options if o[0] >= 256 or o[1] == 1), key=lambda o: (o[0] * o[1], o[1]))
 
 
 def plan(kernel: str, width: int, k: int, itemsize: int) -> Launch | None:
@@ -88,17 +88,7 @@ def plan(kernel: str, width: int, k: int, itemsize: int) -> Launch | None:
     Reasoned from the registers of an H100: 64 Ki of 32 bits for each multiprocessor, 255 at most for a thread,
     1024 threads at most in a program. Let a thread hold E numbers of a row.
 
-    forward: mixture, weight and the source at hand in fp32 (3 E) and the next source as it came (E, or E / 2 in 16
-    bits). E = 32 needs some 130 registers, so that 16 warps fit, which have 16 x 32 x 32 numbers (32 KiB in 16
-    bits) of the next sources on their way; 24 KiB hide the latency of memory at full bandwidth. One warp for
-    D = 1024 reduces without a barrier.
-
-    backward: gradient, weight, the weight's gradient and the source at hand (4 E, and 1 E with an output norm). The
-    sources kept need k E more, unpacked. Up to 96 registers of those they are kept: with E = 8, k = 12. E = 8 takes
-    D / 256 warps, at most 16 (with 32 warps a thread has 64 registers only). Otherwise the second read comes from
-    the cache, and E = 16 leaves room for several programs.
-
-    many: the sources kept, the mixture and the query: (k + 2) E.
+    TODO
     """
     if width > LONGEST_ROW or k > SOURCES:
         return None
@@ -108,16 +98,13 @@ def plan(kernel: str, width: int, k: int, itemsize: int) -> Launch | None:
     block, sub = pieces(width)
     held = block * sub
 
-    def warps(each: int, most: int = 16) -> int:
+    def warps(each: int) -> int:
         wanted = triton.next_power_of_2(triton.cdiv(held, 32 * each))
-        return min(wanted, most, max(block // 32, 1))
+        return min(wanted, max(block // 128, 1))
 
     if kernel == "forward":
-        return Launch(block, sub, warps(32), False)
-    few = warps(8)
-    if k * triton.cdiv(held, 32 * few) <= 96:
-        return Launch(block, sub, few, True)
-    return None if kernel == "many" else Launch(block, sub, warps(16), False)
+        return Launch(block, sub, warps(40), min(4, k))
+    return Launch(block, sub, warps(16), min(4, k))
 
 
 def _programs(device: torch.device, warps: int, rows: int) -> int:
@@ -141,6 +128,35 @@ def _load(pointer, offset, D: tl.constexpr, BLOCK: tl.constexpr, SUB: tl.constex
         else:
             row = row + (tl.load(pointer + offset + o_d, mask=o_d < D, other=0.0),)
     return row
+
+
+@triton.jit
+def _pick(options, g, s: tl.constexpr, G: tl.constexpr):
+    """Number ``g G + s`` of a tuple: a loop over groups cannot index it. A tuple of one stands for equal ones."""
+    if len(options) == 1:
+        chosen = options[0]
+    else:
+        chosen = options[s]
+        for j in tl.static_range(1, len(options) // G):
+            chosen = tl.where(g == j, options[j * G + s], chosen)
+    return chosen
+
+
+@triton.jit
+def _load_group(
+    sources, strides, row, g, k, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, SUB: tl.constexpr
+):
+    """One row of each source of group ``g``; 0 for those past the ``k``-th. All loads before any use."""
+    rows = ()
+    for s in tl.static_range(G):
+        p_v = _pick(sources, g, s, G) + row * _pick(strides, g, s, G)
+        pieces = ()
+        for j in tl.static_range(SUB):
+            o_d = j * BLOCK + tl.arange(0, BLOCK)
+            m_d = (o_d < D) & (o_d * 0 + (g * G + s) < k)  # [BLOCK]: a scalar may be a Python number here
+            pieces = pieces + (tl.load(p_v + o_d, mask=m_d, other=0.0),)
+        rows = rows + (pieces,)
+    return rows
 
 
 @triton.jit
@@ -235,11 +251,10 @@ def _score(dot, r, scale):
 
 @triton.jit
 def _forward_kernel(
-    sources, strides, weight, carried, carried_lse, norm_weight, out, out_lse, scale, eps, norm_eps,
-    D: tl.constexpr, BLOCK: tl.constexpr, SUB: tl.constexpr,
+    sources, strides, k, weight, carried, carried_lse, norm_weight, out, out_lse, scale, eps, norm_eps,
+    G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, SUB: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    K: tl.constexpr = len(sources)
     if weight is not None:
         b_w = _fp32(_load(weight, 0, D, BLOCK, SUB), SUB)
     if carried is None:
@@ -250,20 +265,20 @@ def _forward_kernel(
         b_m = tl.load(carried_lse + row)
         b_l = tl.full([], 1.0, tl.float32)
         b_h = _load(carried, row * D, D, BLOCK, SUB)
-    b_next = _load(sources[0], row * strides[0], D, BLOCK, SUB)
-    for i in tl.static_range(K):
-        b_v = _fp32(b_next, SUB)
-        if i + 1 < K:
-            b_next = _load(sources[i + 1], row * strides[i + 1], D, BLOCK, SUB)
-        if weight is None:
-            b_a = tl.full([], 0.0, tl.float32)
-        else:
-            b_r = tl.rsqrt(_dot(b_v, b_v, SUB) / D + eps)
-            b_a = _score(_dot(b_v, b_w, SUB), b_r, scale)
-        b_top = tl.maximum(b_m, b_a)
-        b_old, b_new = tl.exp(b_m - b_top), tl.exp(b_a - b_top)
-        b_m, b_l = b_top, b_l * b_old + b_new
-        b_h = _combine(b_old, b_h, b_new, b_v, SUB)
+    for g in range(len(sources) // G):
+        b_group = _load_group(sources, strides, row, g, k, G, D, BLOCK, SUB)
+        for s in tl.static_range(G):
+            b_v = _fp32(b_group[s], SUB)
+            if weight is None:
+                b_a = tl.full([], 0.0, tl.float32)
+            else:
+                b_r = tl.rsqrt(_dot(b_v, b_v, SUB) / D + eps)
+                b_a = _score(_dot(b_v, b_w, SUB), b_r, scale)
+            b_a = tl.where(g * G + s < k, b_a, float("-inf"))
+            b_top = tl.maximum(b_m, b_a)
+            b_old, b_new = tl.exp(b_m - b_top), tl.exp(b_a - b_top)
+            b_m, b_l = b_top, b_l * b_old + b_new
+            b_h = _combine(b_old, b_h, b_new, b_v, SUB)
     b_h = _over(b_h, b_l, SUB)
     if out_lse is not None:  # a link of a chain
         tl.store(out_lse + row, b_m + tl.log(b_l))
@@ -296,8 +311,9 @@ def pool_forward(sources, weight, carried, carried_lse, norm_weight, scale, eps,
             target = torch.empty((tokens, width), dtype=torch.float32, device=first.device)
             lse = torch.empty(tokens, dtype=torch.float32, device=first.device)
         _forward_kernel[(tokens,)](
-            *_pointers(part), weight, carried, carried_lse, norm_weight, target, lse, scale, eps, norm_eps,
-            D=width, BLOCK=launch.block, SUB=launch.sub, num_warps=launch.warps,
+            *_pointers(part, launch.group), len(part), weight, carried, carried_lse, norm_weight, target, lse,
+            scale, eps, norm_eps,
+            G=launch.group, D=width, BLOCK=launch.block, SUB=launch.sub, num_warps=launch.warps,
         )  # fmt: skip
         carried, carried_lse = target, lse
     return out
@@ -310,24 +326,33 @@ def _chunks(k: int) -> list[tuple[int, int]]:
     return list(zip(cuts[:-1], cuts[1:], strict=True))
 
 
-def _pointers(rows: list[Tensor]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """Tensors ``[N, D]`` and their row strides, as a kernel takes them."""
-    return tuple(rows), tuple(x.stride(0) for x in rows)
+def _pointers(rows: list[Tensor], group: int) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """Tensors ``[N, D]``, filled up to whole groups, and their row strides (one if they are all the same)."""
+    filled = (*rows, *[rows[0]] * (-len(rows) % group))
+    strides = tuple(x.stride(0) for x in filled)
+    return filled, strides[:1] if len(set(strides)) == 1 else strides
 
 
 # --- backward, one launch -------------------------------------------------------------------------------------------
 
 
 @triton.jit
+def _entry(vector, o_k, i):
+    """Entry ``i`` of ``vector [K2]``."""
+    return tl.sum(tl.where(o_k == i, vector, 0.0), 0)
+
+
+@triton.jit
 def _backward_kernel(
-    grad_h, grad_stride, sources, strides, into, into_strides, weight, carried, carried_lse, norm_weight,
+    grad_h, grad_stride, sources, strides, into, into_strides, k, weight, carried, carried_lse, norm_weight,
     d_weight, d_carried, d_carried_lse, d_norm_weight, N, scale, eps, norm_eps,
-    D: tl.constexpr, BLOCK: tl.constexpr, SUB: tl.constexpr, RESIDENT: tl.constexpr,
+    G: tl.constexpr, K2: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, SUB: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
-    K: tl.constexpr = len(sources)
+    GROUPS: tl.constexpr = len(sources) // G
     # Without scores the weights are constants, and nobody asks how good a source was.
     SCORED: tl.constexpr = weight is not None or carried is not None
+    o_k = tl.arange(0, K2)
     if weight is not None:
         b_w = _fp32(_load(weight, 0, D, BLOCK, SUB), SUB)
         b_dw = _zeros(BLOCK, SUB)
@@ -335,59 +360,49 @@ def _backward_kernel(
         b_dn = _zeros(BLOCK, SUB)
     for row in range(program, N, tl.num_programs(0)):
         b_g = _fp32(_load(grad_h, row * grad_stride, D, BLOCK, SUB), SUB)
-        if carried is None:
-            b_m = tl.full([], float("-inf"), tl.float32)
-        else:
-            b_m = tl.load(carried_lse + row)
+        if GROUPS == 1:
+            b_group = _load_group(sources, strides, row, 0, k, G, D, BLOCK, SUB)
 
-        # What follows from the sources as K scalars each: r, the score, and the dot product with the gradient.
-        kept, reciprocals, scores, dots = (), (), (), ()
-        b_next = _load(sources[0], row * strides[0], D, BLOCK, SUB)
-        for i in tl.static_range(K):
-            b_raw = b_next
-            if i + 1 < K:
-                b_next = _load(sources[i + 1], row * strides[i + 1], D, BLOCK, SUB)
-            if RESIDENT:
-                kept = kept + (b_raw,)
-            b_v = _fp32(b_raw, SUB)
-            if weight is None:
-                b_a = tl.full([], 0.0, tl.float32)
-            else:
-                b_r = tl.rsqrt(_dot(b_v, b_v, SUB) / D + eps)
-                b_a = _score(_dot(b_v, b_w, SUB), b_r, scale)
-                reciprocals = reciprocals + (b_r,)
-            scores = scores + (b_a,)
-            b_m = tl.maximum(b_m, b_a)
-            if SCORED and norm_weight is None:
-                dots = dots + (_dot(b_v, b_g, SUB),)
+        # [K2] each: scores, r, and the dot products of the sources with the gradient of the mixture.
+        b_a = tl.zeros([K2], tl.float32)
+        b_r = tl.zeros([K2], tl.float32)
+        b_d = tl.zeros([K2], tl.float32)
+        if weight is not None or norm_weight is None:
+            for g in range(GROUPS):
+                if GROUPS > 1:
+                    b_group = _load_group(sources, strides, row, g, k, G, D, BLOCK, SUB)
+                for s in tl.static_range(G):
+                    b_v = _fp32(b_group[s], SUB)
+                    if weight is not None:
+                        b_ri = tl.rsqrt(_dot(b_v, b_v, SUB) / D + eps)
+                        b_r = tl.where(o_k == g * G + s, b_ri, b_r)
+                        b_a = tl.where(o_k == g * G + s, _score(_dot(b_v, b_w, SUB), b_ri, scale), b_a)
+                    if SCORED and norm_weight is None:
+                        b_d = tl.where(o_k == g * G + s, _dot(b_v, b_g, SUB), b_d)
 
-        b_l = tl.full([], 0.0, tl.float32)
+        b_top = tl.where(o_k < k, b_a, float("-inf"))
+        b_m = tl.max(b_top, 0)
         if carried is not None:
-            b_p = tl.exp(tl.load(carried_lse + row) - b_m)
-            b_l += b_p
-        exponentials = ()
-        for i in tl.static_range(K):
-            b_e = tl.exp(scores[i] - b_m)
-            b_l += b_e
-            exponentials = exponentials + (b_e,)
-        alphas = ()
-        for i in tl.static_range(K):
-            alphas = alphas + (exponentials[i] / b_l,)
+            b_m = tl.maximum(b_m, tl.load(carried_lse + row))
+        b_alpha = tl.exp(b_top - b_m)
+        b_l = tl.sum(b_alpha, 0)
         if carried is not None:
-            b_p = b_p / b_l
+            b_alpha_c = tl.exp(tl.load(carried_lse + row) - b_m)
+            b_l += b_alpha_c
+            b_alpha_c = b_alpha_c / b_l
             b_c = _load(carried, row * D, D, BLOCK, SUB)
+        b_alpha = b_alpha / b_l
 
         if norm_weight is not None:
             # The mixture again, and the gradient through the norm.
             b_h = _zeros(BLOCK, SUB)
             if carried is not None:
-                b_h = _plus(b_h, b_p, b_c, SUB)
-            for i in tl.static_range(K):
-                if RESIDENT:
-                    b_v = _fp32(kept[i], SUB)
-                else:
-                    b_v = _fp32(_load(sources[i], row * strides[i], D, BLOCK, SUB), SUB)
-                b_h = _plus(b_h, alphas[i], b_v, SUB)
+                b_h = _plus(b_h, b_alpha_c, b_c, SUB)
+            for g in range(GROUPS):
+                if GROUPS > 1:
+                    b_group = _load_group(sources, strides, row, g, k, G, D, BLOCK, SUB)
+                for s in tl.static_range(G):
+                    b_h = _plus(b_h, _entry(b_alpha, o_k, g * G + s), _fp32(b_group[s], SUB), SUB)
             b_h = _rounded(b_h, sources[0], SUB)
             b_rh = tl.rsqrt(_dot(b_h, b_h, SUB) / D + norm_eps)
             b_n = _fp32(_load(norm_weight, 0, D, BLOCK, SUB), SUB)
@@ -396,36 +411,37 @@ def _backward_kernel(
             b_along = _dot(b_x, b_n, SUB) * b_rh * b_rh / -D
             b_g = _plus(_times(b_g, b_n, b_rh, SUB), b_along, b_h, SUB)
             if SCORED:
-                for i in tl.static_range(K):
-                    if RESIDENT:
-                        b_v = _fp32(kept[i], SUB)
-                    else:
-                        b_v = _fp32(_load(sources[i], row * strides[i], D, BLOCK, SUB), SUB)
-                    dots = dots + (_dot(b_v, b_g, SUB),)
+                for g in range(GROUPS):
+                    if GROUPS > 1:
+                        b_group = _load_group(sources, strides, row, g, k, G, D, BLOCK, SUB)
+                    for s in tl.static_range(G):
+                        b_d = tl.where(o_k == g * G + s, _dot(_fp32(b_group[s], SUB), b_g, SUB), b_d)
 
-        b_delta = tl.full([], 0.0, tl.float32)
-        if SCORED:
-            for i in tl.static_range(K):
-                b_delta += alphas[i] * dots[i]
+        b_delta = tl.sum(b_alpha * b_d, 0)
         if carried is not None:
-            b_dot = _dot(b_c, b_g, SUB)
-            b_delta += b_p * b_dot
-            tl.store(d_carried_lse + row, b_p * (b_dot - b_delta))
-            _store(d_carried, row * D, _plus(_zeros(BLOCK, SUB), b_p, b_g, SUB), D, BLOCK, SUB)
+            b_dc = _dot(b_c, b_g, SUB)
+            b_delta += b_alpha_c * b_dc
+            tl.store(d_carried_lse + row, b_alpha_c * (b_dc - b_delta))
+            _store(d_carried, row * D, _plus(_zeros(BLOCK, SUB), b_alpha_c, b_g, SUB), D, BLOCK, SUB)
 
-        for i in tl.static_range(K):
-            b_dv = _plus(_zeros(BLOCK, SUB), alphas[i], b_g, SUB)
-            if weight is not None:
-                if RESIDENT:
-                    b_v = _fp32(kept[i], SUB)
-                else:
-                    b_v = _fp32(_load(sources[i], row * strides[i], D, BLOCK, SUB), SUB)
-                b_ds = alphas[i] * (dots[i] - b_delta)
-                b_along = b_ds * reciprocals[i] * scale
-                b_dw = _plus(b_dw, b_along, b_v, SUB)
-                b_dv = _plus(b_dv, b_along, b_w, SUB)
-                b_dv = _plus(b_dv, b_ds * scores[i] * reciprocals[i] * reciprocals[i] / -D, b_v, SUB)
-            _store(into[i], row * into_strides[i], b_dv, D, BLOCK, SUB)
+        # What each source's gradient has of w and of the source itself.  [K2]
+        b_da = b_alpha * (b_d - b_delta)
+        b_along_w = b_da * b_r * scale
+        b_along_v = b_da * b_a * b_r * b_r / -D
+        for g in range(GROUPS):
+            if GROUPS > 1 and weight is not None:
+                b_group = _load_group(sources, strides, row, g, k, G, D, BLOCK, SUB)
+            for s in tl.static_range(G):
+                b_dv = _plus(_zeros(BLOCK, SUB), _entry(b_alpha, o_k, g * G + s), b_g, SUB)
+                if weight is not None:
+                    b_v = _fp32(b_group[s], SUB)
+                    b_cw = _entry(b_along_w, o_k, g * G + s)
+                    b_dw = _plus(b_dw, b_cw, b_v, SUB)
+                    b_dv = _plus(b_dv, b_cw, b_w, SUB)
+                    b_dv = _plus(b_dv, _entry(b_along_v, o_k, g * G + s), b_v, SUB)
+                if g * G + s < k:
+                    offset = row * _pick(into_strides, g, s, G)
+                    _store(_pick(into, g, s, G), offset, b_dv, D, BLOCK, SUB)
     if weight is not None:
         _store(d_weight, program * D, b_dw, D, BLOCK, SUB)
     if norm_weight is not None:
@@ -460,9 +476,11 @@ def pool_backward(
         for w in (weight, norm_weight)
     )
     _backward_kernel[(programs,)](
-        grad_h, grad_h.stride(0), *_pointers(sources), *_pointers(into), weight, carried, carried_lse, norm_weight,
-        part_weight, d_carried, d_carried_lse, part_norm, tokens, scale, eps, norm_eps,
-        D=width, BLOCK=launch.block, SUB=launch.sub, RESIDENT=launch.resident, num_warps=launch.warps,
+        grad_h, grad_h.stride(0), *_pointers(sources, launch.group), *_pointers(into, launch.group), len(sources),
+        weight, carried, carried_lse, norm_weight, part_weight, d_carried, d_carried_lse, part_norm,
+        tokens, scale, eps, norm_eps,
+        G=launch.group, K2=triton.next_power_of_2(len(sources)), D=width, BLOCK=launch.block, SUB=launch.sub,
+        num_warps=launch.warps,
     )  # fmt: skip
     d_weight = None if weight is None else part_weight.sum(0).to(weight.dtype)
     d_norm = None if norm_weight is None else part_norm.sum(0).to(norm_weight.dtype)
