@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from depthmix.ops import reference
-from depthmix.ops.triton import available, pool
+from depthmix.ops.triton import available, interpreting, pool
 
 pytestmark = [pytest.mark.kernels, pytest.mark.skipif(not available(), reason="no GPU and no interpreter")]
 
@@ -80,19 +80,24 @@ def error(found, exact):
     return ((found.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30)).item()
 
 
+def floor(dtype):
+    """Beside twice the error of torch: what fp32 sums round where torch happens to be exact, and the rounding of the
+    result, where torch's may happen to be small. Triton's interpreter cuts bf16 off instead of rounding it."""
+    if dtype is torch.float32:
+        return 2e-6
+    return torch.finfo(dtype).eps * (2 if dtype is torch.bfloat16 and interpreting() else 0.5)
+
+
 def check(grad_h, arguments):
     exact = by_autograd(grad_h, arguments, torch.float64)
     plain = by_autograd(grad_h, arguments, torch.float32)
     found = by_kernel(grad_h, arguments)
     for a, b, truth in zip(found, plain, exact, strict=True):
         assert torch.isfinite(a).all()
-        # What torch happens to hit exactly still has the rounding of fp32 sums; a score's gradient over one source
-        # is zero but for them.
-        scale = 1 if truth.abs().max() > 1e-6 else grad_h.shape[0]
         if truth.abs().max() > 1e-6:
-            assert error(a, truth) <= 2 * error(b, truth) + 2e-6
-        else:
-            assert a.abs().max() <= 1e-5 * scale
+            assert error(a, truth) <= 2 * error(b, truth) + floor(grad_h.dtype)
+        else:  # the score of a single source has no gradient but for rounding
+            assert a.abs().max() <= 2e-5
 
 
 @pytest.mark.parametrize(
@@ -224,7 +229,7 @@ def test_several_queries(device, monkeypatch, k, count, width, dtype, kept):
     exact = many_by_autograd(grad_out, grad_lse, sources, queries, torch.float64)
     plain = many_by_autograd(grad_out, grad_lse, sources, queries, torch.float32)
     for a, b, truth in zip([out, lse, *into, d_queries], plain, exact, strict=True):
-        assert error(a, truth) <= 2 * error(b.to(a.dtype), truth) + 2e-6
+        assert error(a, truth) <= 2 * error(b.to(a.dtype), truth) + floor(a.dtype)
 
 
 @pytest.mark.parametrize("width", [1, 5, 257, 768, 1000, 1024, 1280, 5120, 7168, 8192])

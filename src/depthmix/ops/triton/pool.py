@@ -40,6 +40,9 @@ All arithmetic is fp32. A mean square that overflows gives :math:`r = 0` and a s
 Shapes in this file: ``N`` tokens, ``k`` (``K``) sources ``[N, D]`` of any row stride, ``Q`` queries, ``P`` programs.
 """
 
+# ruff: noqa: RUF005  (Triton adds tuples, and knows no starred ones)
+
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -337,7 +340,7 @@ def _chunks(k: int) -> list[tuple[int, int]]:
     """``k`` sources in as few launches as possible, as even as possible."""
     parts = triton.cdiv(k, SOURCES)
     cuts = [k * i // parts for i in range(parts + 1)]
-    return list(zip(cuts[:-1], cuts[1:], strict=True))
+    return list(pairwise(cuts))
 
 
 def _pointers(rows: list[Tensor], group: int) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
