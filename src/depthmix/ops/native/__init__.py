@@ -37,6 +37,11 @@ def status() -> str:
     return _load()[1]
 
 
+def available() -> bool:
+    """Whether the kernels are in use."""
+    return _load()[0] is not None
+
+
 def usable(*tensors: Tensor | None, n: int) -> bool:
     """Whether the kernels can take these: fp32 tensors on a CPU, of no subclass, and no more streams than they know."""
     return (
