@@ -12,13 +12,23 @@ where :math:`\nu` is :math:`\mathrm{rms}(x) = x / \sqrt{\mathrm{mean}(x^2) + \ep
 The gate is fp32 whatever the stream dtype, its matrix product included, also under autocast (fp64 for
 fp64). The result has the dtype of ``x``.
 
-:func:`gated_update` is the plain differentiable form, :class:`GatedUpdate` the eager one: it keeps
-``x``, ``u``, ``g`` and one number per row, where autograd would keep two normalised copies and their
-concatenation besides. With :math:`\delta = \partial L / \partial (W_x \nu(x) + \dots)`, :math:`r` the
-reciprocal root mean square of a row and :math:`q = r\, W_x^\top \delta`,
+Normalisation is a factor for each row, :math:`W_x \mathrm{rms}(x) = r_x\, (W_x x)`, and so it waits until behind the
+matrix product, which is torch's and takes x as it is. Everything else is three pointwise passes, in C++, in Triton or
+by torch operations (:mod:`depthmix.ops.backend`), each of which reads and writes a row once:
+
+forward
+    from both products, b, x and u: :math:`r_x`, :math:`r_u`, the logit of g and :math:`x'`.
+logits
+    backwards, from x, u, the logit and :math:`\partial x'`: :math:`r_x \delta`, :math:`r_u \delta` and
+    :math:`\partial b = \sum \delta`, with :math:`\delta` the gradient of the logit.
+inputs
+    behind the products :math:`q = r\, W^\top \delta`: the gradients of x and u.
 
 .. math:: \partial L / \partial W_x = \textstyle\sum (r \delta)\, x^\top, \qquad
-          \partial L / \partial x = q - (r^2 / D)\,(q \cdot x)\, x .
+          \partial L / \partial x = q - (r^2 / D)\,(q \cdot x)\, x + \text{the direct part}.
+
+Kept for the backward pass are x, u, the logit and one number for each normed row. A mean square that overflows gives
+r = 0: what would be read there is 0, also where the product with W is infinite.
 
 Shapes inside this file: ``N`` tokens, ``D`` features.
 """
@@ -27,8 +37,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
 
+from . import backend
 from .eager import _plain, _reciprocal_rms
+from .native import channel_gate as native
 from .reference import compute_dtype, rms
 
 
@@ -65,15 +78,126 @@ def gated_update(
     normalise: bool = True,
     eps: float = 1e-6,
 ) -> Tensor:
-    """``x'`` in the dtype of ``x``; arguments as for :func:`channel_gate`."""
-    if torch.compiler.is_compiling():
-        gate = channel_gate(x, update, weight, bias, normalise, eps)
-        return admit(x.to(gate.dtype), update.to(gate.dtype), gate, convex).to(x.dtype)
+    """``x'`` in the dtype of ``x``; arguments as for :func:`channel_gate`. Gradients are of first order."""
     width = x.shape[-1]
-    flat = GatedUpdate.apply(
-        x.reshape(-1, width), update.reshape(-1, width), weight, bias, convex, normalise, eps
-    )
-    return flat.view(x.shape)
+    arguments = (
+        x.reshape(-1, width), update.reshape(-1, width), weight, bias, bool(convex), bool(normalise), float(eps)
+    )  # fmt: skip
+    # On a CPU, in eager execution, a registered operation costs more than a small gate itself.
+    if x.is_cpu and type(x) in (Tensor, Parameter) and not torch.compiler.is_compiling():
+        new = GatedUpdate.apply(*arguments)
+    else:
+        new = registered_gate(*arguments)[0]
+    return new.view(x.shape)
+
+
+# --- what runs where --------------------------------------------------------------------------
+
+
+def _kernels(x: Tensor, update: Tensor):
+    """The module whose ``forward``, ``logits`` and ``inputs`` run on these."""
+    choice = backend.choose(x)
+    if torch.float64 not in (x.dtype, update.dtype):
+        if choice == "triton":
+            from .triton import channel_gate
+
+            return channel_gate
+        if choice == "native" and native.usable(x, update):
+            return native
+    return TorchKernels
+
+
+class TorchKernels:
+    """The three passes by torch operations: any device, any dtype."""
+
+    @staticmethod
+    def forward(product_x, product_u, bias, x, update, convex, normalise, eps):
+        """``(x', r_x [N], r_u [N])``, r empty where there is none; ``product_x [N, D]`` becomes the logit."""
+        dtype = product_x.dtype
+        x_c, u_c = x.to(dtype), update.to(dtype)
+        r_x = r_u = product_x.new_empty(0)
+        if normalise:
+            r_x = _reciprocal_rms(x_c, eps)
+            _scale_rows(product_x, r_x)
+        product_x += bias.to(dtype)
+        if product_u is not None:
+            if normalise:
+                r_u = _reciprocal_rms(u_c, eps)
+                _scale_rows(product_u, r_u)
+            product_x += product_u
+        return admit(x_c, u_c, torch.sigmoid(product_x), convex).to(x.dtype), r_x, r_u
+
+    @staticmethod
+    def logits(grad, logit, x, update, r_x, r_u, convex, see_update):
+        """``(r_x delta [N, D], r_u delta or None if not see_update, sum of delta [D])``."""
+        dtype = logit.dtype
+        gate, u_c = torch.sigmoid(logit), update.to(dtype)
+        delta = (u_c - x.to(dtype)).mul_(grad) if convex else u_c * grad
+        delta = torch.ops.aten.sigmoid_backward(delta, gate)
+        scaled_x = delta * r_x.unsqueeze(-1) if len(r_x) else delta
+        scaled_u = None
+        if see_update:
+            scaled_u = delta * r_u.unsqueeze(-1) if len(r_u) else delta
+        return scaled_x, scaled_u, delta.sum(0)
+
+    @staticmethod
+    def inputs(grad, logit, x, update, r_x, r_u, through_x, through_u, convex):
+        """Gradients of ``x`` and ``update`` from ``through``, the products of the logits' gradient with W."""
+        grad = grad.to(logit.dtype)
+        d_update = torch.sigmoid(logit).mul_(grad)
+        d_x = _with_source(grad - d_update if convex else grad, x, through_x, r_x)
+        if through_u is not None:
+            d_update = _with_source(d_update, update, through_u, r_u)
+        return d_x.to(x.dtype), d_update.to(update.dtype)
+
+
+def _scale_rows(product: Tensor, r: Tensor) -> None:
+    """In place; where r = 0 the product may be infinite."""
+    r = r.unsqueeze(-1)
+    product.mul_(r).masked_fill_(r == 0, 0.0)
+
+
+def _with_source(direct: Tensor, source: Tensor, through: Tensor, r: Tensor) -> Tensor:
+    """The gradient of one source; overwrites ``through``."""
+    if not len(r):
+        return through.add_(direct)
+    source, r = source.to(through.dtype), r.unsqueeze(-1)
+    # r^2 times the dot product could leave fp32 where each of r and r times the dot does not.
+    along = (through * source).sum(-1, keepdim=True).mul_(r).mul_(r).div_(-source.shape[-1])
+    return through.add_(direct).addcmul_(source, along)
+
+
+def _forward(x, update, weight, bias, convex, normalise, eps) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(x', logit [N, D], r_x, r_u)``: ``[N]``, or empty where there is none."""
+    width, dtype = x.shape[1], compute_dtype(x.dtype)
+    with _plain(x.device):
+        x, update, w = x.contiguous(), update.contiguous(), weight.to(dtype)
+        logit = x.to(dtype) @ w[:, :width].t()
+        product_u = update.to(dtype) @ w[:, width:].t() if w.shape[1] == 2 * width else None
+        kernels = _kernels(x, update)
+        new, r_x, r_u = kernels.forward(logit, product_u, bias, x, update, convex, normalise, eps)
+    return new, logit, r_x, r_u
+
+
+def _backward(
+    grad, x, update, weight, bias, logit, r_x, r_u, convex
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of ``(x, update, weight, bias)``, each in its dtype."""
+    width, dtype = x.shape[1], logit.dtype
+    see_update = weight.shape[1] == 2 * width
+    with _plain(x.device):
+        kernels = _kernels(x, update)
+        grad, x, update, w = grad.contiguous(), x.contiguous(), update.contiguous(), weight.to(dtype)
+        scaled_x, scaled_u, d_bias = kernels.logits(grad, logit, x, update, r_x, r_u, convex, see_update)
+        through_u = None
+        d_weight = torch.empty(weight.shape, dtype=dtype, device=x.device)
+        torch.mm(scaled_x.t(), x.to(dtype), out=d_weight[:, :width])
+        if see_update:
+            torch.mm(scaled_u.t(), update.to(dtype), out=d_weight[:, width:])
+            through_u = scaled_u @ w[:, width:]
+        through_x = scaled_x @ w[:, :width]
+        d_x, d_update = kernels.inputs(grad, logit, x, update, r_x, r_u, through_x, through_u, convex)
+    return d_x, d_update, d_weight.to(weight.dtype), d_bias.to(bias.dtype)
 
 
 class GatedUpdate(torch.autograd.Function):
@@ -81,68 +205,73 @@ class GatedUpdate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, update, weight, bias, convex, normalise, eps):
-        dtype = compute_dtype(x.dtype)
-        width = x.shape[-1]
-        r_x = r_u = None
-        with _plain(x.device):
-            x_c, u_c, w = x.to(dtype), update.to(dtype), weight.to(dtype)
-            seen_x = x_c
-            if normalise:
-                r_x = _reciprocal_rms(x_c, eps).unsqueeze(-1)
-                # Before the product and not after it: a row whose mean square overflows is 0 here, while
-                # its product with W may be infinite, and 0 * inf is no gate.
-                seen_x = x_c * r_x
-            gate = torch.addmm(bias.to(dtype), seen_x, w[:, :width].t())
-            if w.shape[1] == 2 * width:
-                seen_u = u_c
-                if normalise:
-                    r_u = _reciprocal_rms(u_c, eps).unsqueeze(-1)
-                    seen_u = u_c * r_u
-                gate.addmm_(seen_u, w[:, width:].t())
-            gate.sigmoid_()
-            new = admit(x_c, u_c, gate, convex).to(x.dtype)
-        ctx.save_for_backward(x, update, weight, bias, gate, r_x, r_u)
+        new, *kept = _forward(x, update, weight, bias, convex, normalise, eps)
+        ctx.save_for_backward(x, update, weight, bias, *kept)
         ctx.convex = convex
         return new
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, update, weight, bias, gate, r_x, r_u = ctx.saved_tensors
-        dtype = gate.dtype
-        width = x.shape[-1]
-        with _plain(x.device):
-            x_c, u_c, w, grad = x.to(dtype), update.to(dtype), weight.to(dtype), grad.to(dtype)
-            d_update = grad * gate
-            if ctx.convex:
-                d_x = grad - d_update
-                d_gate = (u_c - x_c).mul_(grad)
-            else:
-                d_x = grad
-                d_gate = u_c * grad
-            d_logit = torch.ops.aten.sigmoid_backward(d_gate, gate)
-            d_bias = d_logit.sum(0)
-            d_x, d_weight = _source_gradient(d_x, x_c, d_logit, w[:, :width], r_x)
-            if w.shape[1] == 2 * width:
-                d_update, d_weight_u = _source_gradient(d_update, u_c, d_logit, w[:, width:], r_u)
-                d_weight = torch.cat([d_weight, d_weight_u], 1)
-        return (
-            d_x.to(x.dtype),
-            d_update.to(update.dtype),
-            d_weight.to(weight.dtype),
-            d_bias.to(bias.dtype),
-            None,
-            None,
-            None,
-        )
+        return *_backward(grad, *ctx.saved_tensors, ctx.convex), None, None, None
 
 
-def _source_gradient(direct, source, d_logit, weight, reciprocal):
-    """``(direct + the gradient through the gate [N, D], gradient of weight [D, D])`` for one source."""
-    if reciprocal is None:
-        return torch.addmm(direct, d_logit, weight), d_logit.t() @ source
-    scaled = d_logit * reciprocal
-    through = scaled @ weight
-    # r^2 times the dot product could leave fp32 where each of r and r times the dot does not.
-    along = (through * source).sum(-1, keepdim=True).mul_(reciprocal).mul_(reciprocal).div_(-source.shape[-1])
-    return through.add_(direct).addcmul_(source, along), scaled.t() @ source
+# --- the registered operations ----------------------------------------------------------------
+
+
+@torch.library.custom_op("depthmix::channel_gate", mutates_args=())
+def registered_gate(
+    x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, convex: bool, normalise: bool, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(x' [N, D], logit [N, D], r_x, r_u)``; only the first has a gradient."""
+    return _forward(x, update, weight, bias, convex, normalise, eps)
+
+
+@registered_gate.register_fake
+def _(x, update, weight, bias, convex, normalise, eps):
+    dtype, see_update = compute_dtype(x.dtype), weight.shape[1] == 2 * x.shape[1]
+    new = lambda *shape: x.new_empty(shape, dtype=dtype)  # noqa: E731
+    rows = x.shape[0]
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        new(*x.shape),
+        new(rows if normalise else 0),
+        new(rows if normalise and see_update else 0),
+    )
+
+
+@torch.library.custom_op("depthmix::channel_gate_backward", mutates_args=())
+def registered_backward(
+    grad: Tensor,
+    x: Tensor,
+    update: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    logit: Tensor,
+    r_x: Tensor,
+    r_u: Tensor,
+    convex: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of ``(x, update, weight, bias)``."""
+    return _backward(grad, x, update, weight, bias, logit, r_x, r_u, convex)
+
+
+@registered_backward.register_fake
+def _(grad, x, update, weight, bias, logit, r_x, r_u, convex):
+    return tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, update, weight, bias)
+    )
+
+
+def _keep(ctx, inputs, output):
+    x, update, weight, bias, convex, *_ = inputs
+    ctx.save_for_backward(x, update, weight, bias, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.convex = convex
+
+
+def _gradients(ctx, grad, *_):
+    return *registered_backward(grad, *ctx.saved_tensors, ctx.convex), None, None, None
+
+
+registered_gate.register_autograd(_gradients, setup_context=_keep)
