@@ -338,5 +338,5 @@ def test_the_compiler_takes_them():
     ]  # fmt: skip
     for name, registers, spilt in lines:
         assert int(registers) <= 255
-        # A few registers of hundreds may live in the L1 cache; layouts gone wrong spill kilobytes.
-        assert int(spilt) <= (0 if name == "_forward_kernel" else 512), (name, registers, spilt)
+        # Some registers of hundreds may live in the L1 cache; a layout gone wrong spills many kilobytes.
+        assert int(spilt) <= (0 if name == "_forward_kernel" else 1024), (name, registers, spilt)

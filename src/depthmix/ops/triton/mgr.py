@@ -65,11 +65,18 @@ def plan(n: int, width: int, backward: bool) -> Plan:
     Reasoned from what ptxas makes of the kernels for compute capability 9.0, not yet from times. A multiprocessor has
     65536 registers, 255 at most for a thread, and issues 4 instructions of a warp in a cycle, while some 20 bytes
     arrive (H200). A sum over features costs every warp about ten instructions per stream whatever its share of the
-    tile, so few warps with much each are what keeps the step bound by memory: bf16, n = 4, D = 1024 forward is 3840
-    instructions a token with 4 warps, 2710 with 2 and 2130 with 1, where the bytes of a token take as long as 3960;
-    backward 6430 with 4 and 5070 with 2, the bytes 5940. The limit is registers. Forward, 128 numbers a thread
-    make 180 registers and nothing is spilt; backward, 64 make 255 with about 30 spilt, more for few streams, since
-    a thread then holds more features of every weight and of every sum.
+    tile, so few warps with much each are what keeps the step bound by memory. In bf16, D = 1024, instructions per
+    token, and how many could be issued while its bytes cross the bus:
+
+    ========  ================================  ================================
+    n = 4     forward 3840 with 4 warps,        backward 6280 with 4 warps,
+              2710 with 2, 2130 with 1; 3960    5200 with 2; 5940
+    n = 8     forward 6620 with 4 warps,        backward 16700 with 8 warps,
+              5030 with 2; 7120                 12000 with 4; 10700
+    ========  ================================  ================================
+
+    The limit is registers. Forward, 128 numbers a thread make about 180 and nothing is spilt. Backward, 64
+    make 255, and 50 to 70 more live in the L1 cache. Padding counts as instructions too: D = 1280 costs what 2048 does.
     """
     rows, columns = triton.next_power_of_2(n), triton.next_power_of_2(width)
     limit, per_thread = (RESIDENT_BACKWARD, 64) if backward else (RESIDENT_FORWARD, 128)
@@ -78,7 +85,8 @@ def plan(n: int, width: int, backward: bool) -> Plan:
         tokens = max(1, min(16, 512 // (rows * columns)))
     else:
         tokens = 1
-        columns = min(columns, limit // rows)
+        # Half of the limit: two programs side by side, of which one loads while the other adds.
+        columns = min(columns, limit // 2 // rows)
     return Plan(resident, tokens, rows, columns, max(1, tokens * rows * columns // (32 * per_thread)))
 
 
@@ -172,7 +180,7 @@ def _pool(b_s, b_alpha, dtype: tl.constexpr):
     return _sum(b_alpha * b_s, 1).to(dtype).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _forward_kernel(
     y, streams, outputs, gates, w1, bias, w2, w3, wn, h, new, beta, N, scale, eps, norm_eps,
     K: tl.constexpr, n: tl.constexpr, D: tl.constexpr, COMPETITIVE: tl.constexpr,
@@ -208,7 +216,7 @@ def _forward_kernel(
     _store(h, b_h, b_t, b_d, m_t, m_d, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _forward_tiled_kernel(
     y, streams, outputs, gates, w1, bias, w2, w3, wn, h, new, beta, N, scale, eps, norm_eps,
     K: tl.constexpr, n: tl.constexpr, D: tl.constexpr, COMPETITIVE: tl.constexpr,
@@ -295,7 +303,7 @@ def _write_bias(part_bias, i_p, b_d_bias, b_d_keep, n: tl.constexpr, NP: tl.cons
     tl.store(part_bias + i_p * (n + 1) + 1 + b_n, _sum(b_d_bias, 0), mask=b_n < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "groups"])
 def _backward_kernel(
     grad_h, grad_streams, y, streams, outputs, gates, beta, w1, w2, w3, wn,
     d_y, d_s, part_w1, part_bias, part_w2, part_w3, part_wn, N, groups, scale, eps, norm_eps,
@@ -409,7 +417,7 @@ def _new_gradient(
     return b_grad
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "groups"])
 def _backward_tiled_kernel(
     grad_h, grad_streams, y, streams, outputs, gates, beta, w1, w2, w3, wn,
     d_y, d_s, part_w1, part_bias, part_w2, part_w3, part_wn, N, groups, scale, eps, norm_eps,
