@@ -2,12 +2,13 @@
 # make test    install and run all tests
 # make test-peers  install other implementations (1 GB) and compare with them
 # make test-kernels  the same installation: run the Triton kernels, on the GPU or in Triton's interpreter
+# make gpu-check  everything that needs an NVIDIA GPU: tests, sanitizer, benchmarks; installs nothing
 # make lint    style and common mistakes
 PYTHON ?= python3
 VENV ?= .venv
 export PYTHON
 
-.PHONY: demo test test-peers test-kernels lint clean
+.PHONY: demo test test-peers test-kernels gpu-check lint clean
 demo: $(VENV)/.demo
 	$(VENV)/bin/depthmix compare --recipe quick --out runs/demo --resume
 
@@ -19,6 +20,9 @@ test-peers: $(VENV)/.peers
 
 test-kernels: $(VENV)/.peers
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m kernels tests/kernels
+
+gpu-check:
+	scripts/gpu_check.sh
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
