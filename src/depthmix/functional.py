@@ -358,8 +358,8 @@ def source_pool_many(
         scale, eps: as in :func:`attention_pool`.
 
     Returns:
-        ``(means, lses)``: Q tensors ``[..., D]`` and, of the logits behind them, Q log-sum-exps ``[...]``, in the compute
-        dtype (fp32, fp64 for fp64), for :func:`source_pool` to go on with.
+        ``(means, lses)``: Q tensors ``[..., D]`` and, of the logits behind them, Q log-sum-exps ``[...]``, in the
+        compute dtype (fp32, fp64 for fp64), for :func:`source_pool` to go on with.
 
     Raises:
         ValueError: no source, or a shape, dtype or device does not fit.

@@ -47,7 +47,6 @@ from . import backend, pool_eager
 from .native import pool as native
 from .reference import compute_dtype
 
-
 # On a CPU, in eager execution, the registered operation costs more than many a pool: it passes through Python three
 # times, with its lists flattened each time. There an autograd function calls the same two functions.
 

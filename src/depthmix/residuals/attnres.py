@@ -36,22 +36,23 @@ L not N blocks of S   given N, exactly N blocks whose sizes differ by one at mos
 ====================  ====================================================================================
 
 **Two phases** (section 4). Queries are parameters, so a *group* of readers that follow each other meets the sources
-finished before it at once (:func:`depthmix.functional.source_pool_many`, each source read once for all of them), and each
-reader then adds the sources begun since to its own softmax. A group is one block or several whole ones: the running
-sums are its fresh sources. The first writer of a group computes the means of all its readers, so it needs the queries of
-sites in other transformer blocks, whose parameters may be sharded away by then: :meth:`Residual.foresee` puts
-all queries, L numbers of D, into the state as one tensor, through which their gradients go back.
+finished before it at once (:func:`depthmix.functional.source_pool_many`, each source read once for all of them),
+and each reader then adds the sources begun since to its own softmax. A group is one block or several whole ones:
+the running sums are its fresh sources. The first writer of a group computes the means of all its readers, so it needs
+the queries of sites in other transformer blocks, whose parameters may be sharded away by then:
+:meth:`Residual.foresee` puts all queries, L times D numbers, into the state, through which their gradients go back.
 
-Group size: with k sources finished, a group of m blocks of S sublayers moves, in units of [N, D] forwards and backwards
-(a source's gradient is written, then added to the one it already has: 4), about 6k for the finished sources, 3 S m (m + 1) for
-fresh ones and 7 S m for means and mixtures. Over all L / (S m) groups that is least at m = sqrt(blocks / S): 6 sublayers of
-32 in the full form, 3 L^2 / m instead of 3 L^2, and one block of the block form with 8.
+Group size: with k sources finished, a group of m blocks of S sublayers moves, in units of [N, D] forwards and
+backwards (a source's gradient is written, then added to the one it already has: 4), about 6k for the finished
+sources, 3 S m (m + 1) for fresh ones and 7 S m for means and mixtures. Over all L / (S m) groups that is least at
+m = sqrt(blocks / S): 6 sublayers of 32 in the full form, 3 L^2 / m instead of 3 L^2 for the finished sources, and one
+block of the block form with 8.
 
 **Memory.** A source is kept once, however many sublayers read it, and running sums are added up once. Over PreNorm
 the backward pass keeps one [N, D] tensor per sublayer (its output, or the running sum it ends in; the mixture h is
-what PreNorm's sublayer also keeps as the input of its norm) and one number per token of every read. The means live from
-the first write of their group to their read, one [N, D] in fp32 for each reader ahead, and are not kept; where blocks are
-checkpointed, those that cross from one to the next are.
+what PreNorm's sublayer also keeps as the input of its norm) and one number per token of every read. The means live
+from the first write of their group to their read, one [N, D] in fp32 for each reader ahead, and are not kept; where
+blocks are checkpointed, those that cross from one to the next are.
 
 **Precision.** Sources have the dtype of the embedding's output; scores, softmax and mean are fp32. In bf16 and fp16 the
 gradient takes h as it was rounded (:mod:`depthmix.ops.pool`).
@@ -75,8 +76,8 @@ from .registry import register
 class SourceSite(Site):
     """Writes a source, or adds to the newest, then mixes all of them.
 
-    State: k sources ``[B, T, D]``. After :meth:`AttentionResiduals.foresee` also, for this reader and those behind it in
-    its group, the mean of the finished sources ``[B, T, D]`` and its log-sum-exp ``[B, T]``, each in the compute dtype;
+    State: k sources ``[B, T, D]``. After :meth:`AttentionResiduals.foresee` also, for this reader and those behind it
+    in its group, the mean of the finished sources ``[B, T, D]`` and its log-sum-exp ``[B, T]``, in the compute dtype;
     then the queries ``[R, D]`` of the R readers of later groups. A state of sources alone is accepted everywhere.
 
     Args:

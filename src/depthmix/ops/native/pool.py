@@ -100,7 +100,7 @@ def pool_many_backward(grad_out, grad_lse, sources, queries, out, lse, scale, ep
     part, d_queries = torch.empty(chunks * Q * width), torch.empty(Q, width)
     q = _fp32(queries)
     call(
-        "pool_many_backward", storage, N, k, Q, width, torch.get_num_threads(), chunks, list(grad_out), grad_lse, sources,
-        _strides(sources), q, float(scale), float(eps), into, _strides(into), d_queries, part,
+        "pool_many_backward", storage, N, k, Q, width, torch.get_num_threads(), chunks, list(grad_out), grad_lse,
+        sources, _strides(sources), q, float(scale), float(eps), into, _strides(into), d_queries, part,
     )  # fmt: skip
     return d_queries.to(queries.dtype)
