@@ -121,7 +121,7 @@ def test_without_a_weight(device, weight, carried, norm):
     check(*draw(device, 3, 2, 20, weight=weight, carried=carried, norm=norm))
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(k=st.integers(1, 6), width=st.integers(1, 90), tokens=st.integers(1, 4), use=st.integers(0, 7))
 def test_any_shape(device, k, width, tokens, use):
     check(*draw(device, k, tokens, width, weight=use & 1, carried=use & 2, norm=use & 4, seed=width))
@@ -130,7 +130,7 @@ def test_any_shape(device, k, width, tokens, use):
 def test_a_row_in_several_pieces(device):
     """D = 700 is three pieces of 256."""
     assert pool.pieces(700) == (256, 3)
-    check(*draw(device, 5, 2, 700, carried=True, norm=True))
+    check(*draw(device, 3, 1, 700, carried=True, norm=True))
 
 
 @pytest.mark.parametrize("k", [33, 49])
@@ -154,8 +154,10 @@ def test_rows_in_tiles(device, monkeypatch, weight, carried, norm):
     check(*draw(device, 3, 3, 50, weight=weight, carried=carried, norm=norm))
 
 
-def test_a_row_longer_than_any_register_file(device):
-    """100003 numbers: prime, and far beyond LONGEST_ROW."""
+def test_a_row_longer_than_any_register_file(device, monkeypatch):
+    """100003 numbers: prime, and far beyond LONGEST_ROW. Large tiles, since the interpreter counts operations."""
+    if interpreting():
+        monkeypatch.setattr(pool, "_tiles", lambda *a: pool._Tiles(1, 65536))
     check(*draw(device, 2, 1, 100003, dtype=torch.bfloat16))
 
 
@@ -238,7 +240,7 @@ def test_plans_waste_little_and_fit(width, kernel):
     for k in (1, 4, 9, 32):
         launch = pool.plan(kernel, width, k, 2)
         if launch is None:
-            assert kernel == "many" and k > 4
+            assert kernel == "many" and k * width > 4096
             continue
         held = launch.block * launch.sub
         assert width <= held and (held <= 1.125 * width or width <= 257)

@@ -115,7 +115,7 @@ class TorchKernels:
         """``(x', r_x [N], r_u [N])``, r empty where there is none; ``product_x [N, D]`` becomes the logit."""
         dtype = product_x.dtype
         x_c, u_c = x.to(dtype), update.to(dtype)
-        r_x = r_u = product_x.new_empty(0)
+        r_x, r_u = product_x.new_empty(0), product_x.new_empty(0)
         if normalise:
             r_x = _reciprocal_rms(x_c, eps)
             _scale_rows(product_x, r_x)

@@ -116,8 +116,7 @@ inline float dot(const float* a, const float* b, int64_t width) {
 
 // 0 where the mean square overflows.
 inline float reciprocal_rms(const float* x, int64_t width, float eps) {
-    const float mean = dot(x, x, width) / static_cast<float>(width) + eps;
-    return 1.0f / std::sqrt(mean);
+    return 1.0f / std::sqrt(dot(x, x, width) / static_cast<float>(width) + eps);
 }
 
 constexpr int64_t chunk = 64;  // rows whose part of the bias's gradient is summed first, whatever the threads
