@@ -147,7 +147,7 @@ def test_bits_do_not_depend_on_threads(monkeypatch):
     monkeypatch.setenv("DEPTHMIX_KERNELS", "native")
     tensors, grad = draw(FORMS[-1], 200, 24)
     threads, results = torch.get_num_threads(), []
-    x, u, weight, bias = (t.detach() for t in tensors)
+    x, u, _, bias = (t.detach() for t in tensors)
     try:
         for count in (1, 2, 2):
             torch.set_num_threads(count)

@@ -1,5 +1,4 @@
-"""Whole models on Triton kernels: the same losses and gradients as on torch operations; on a GPU also compiled, captured
-and in 16 bits."""
+"""Whole models on Triton kernels: losses and gradients of the torch operations; on a GPU also compiled and captured."""
 
 import dataclasses
 
