@@ -179,3 +179,20 @@ def test_what_it_takes():
     x = torch.zeros(2, 3)
     assert kernels.usable(x) and kernels.usable(x.bfloat16())
     assert not kernels.usable(x.double()) and not kernels.usable(x.to("meta"))
+
+
+def test_the_mean_found_again_from_the_mixture():
+    """What kernels that know no h are given; where the mean has no share, nothing of it can be known or matters."""
+    sources, weight, carried, lse = (
+        rows(3, 6, 9, torch.float64),
+        draw(9),
+        draw(6, 9, seed=52),
+        2 * draw(6, seed=53),
+    )
+    lse[4] = -1e9
+    arguments = sources, *(x.double() for x in (weight, carried, lse))
+    h = pool_eager.pool_forward(*arguments, None, 0.6, 1e-6, 1e-5)
+    found = pool_eager.carried_of(h, *(arguments[i] for i in (0, 1, 3)), 0.6, 1e-6)
+    assert not found[4].any()
+    keep = [0, 1, 2, 3, 5]
+    torch.testing.assert_close(found[keep], carried.double()[keep], rtol=1e-9, atol=1e-9)
