@@ -1,6 +1,11 @@
-"""Tests that need other packages run when asked for, and then nothing about them is skipped."""
+"""Tests that need other packages run when asked for; examples that hypothesis draws are the same in every run."""
 
 from pathlib import Path
+
+from hypothesis import settings
+
+settings.register_profile("same every time", derandomize=True, deadline=None)
+settings.load_profile("same every time")
 
 ON_REQUEST = ("peers", "kernels")
 """Folders whose files import packages that only the extra ``peers`` installs; each named as its marker."""

@@ -100,7 +100,7 @@ def test_low_precision(form, backend, dtype, update_dtype, monkeypatch):
 
 
 @backends
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     form=st.sampled_from(FORMS), rows=st.integers(1, 140), width=st.integers(1, 70), seed=st.integers(0, 99)
 )

@@ -138,7 +138,7 @@ def test_what_it_does_not_take():
         assert not mgr.usable(torch.zeros(1, 2, 3))
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=120)
 @given(
     n=st.one_of(st.integers(1, 9), st.just(33)),
     width=st.integers(2, 150),
@@ -205,7 +205,7 @@ def test_lerp_is_that_of_torch_to_the_bit(dtype, gate):
     assert torch.equal(new, eager.lerp(y, s, beta, dtype))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(
     n=st.integers(1, 9),
     width=st.integers(1, 150),
@@ -346,7 +346,7 @@ def test_a_mean_square_that_overflows_scores_zero(update):
     assert same((results[2],), (native_step(zero, grads, options)[0][2],))
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(
     n=st.integers(1, 8), width=st.integers(1, 40), gate=st.sampled_from(["competitive", "independent"]),
     size=st.sampled_from([1e-20, 1.0, 1e4, 1e18, 1e37]), bias=st.sampled_from([-20.0, 0.0, 20.0]), k=st.integers(0, 2),

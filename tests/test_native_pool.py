@@ -74,7 +74,7 @@ sizes = dict(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(**sizes, carry=st.booleans(), normed=st.booleans(), weighted=st.booleans())
 def test_pool(k, N, width, dtype, padding, carry, normed, weighted):
     sources, grad = rows(k, N, width, dtype, padding), draw(N, width, seed=50, dtype=dtype)
@@ -92,7 +92,7 @@ def test_pool(k, N, width, dtype, padding, carry, normed, weighted):
         check(found, plain, exact, 2e-5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(**sizes, Q=st.integers(1, 11))
 def test_pool_many(k, N, width, dtype, padding, Q):
     sources, queries = rows(k, N, width, dtype, padding), draw(Q, width, seed=60)

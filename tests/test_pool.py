@@ -94,7 +94,7 @@ def together(results):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_error_is_at_most_twice_that_of_the_reference(way, data):
     """Any number of sources of any shape, in each dtype, with kernels and without."""

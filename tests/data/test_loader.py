@@ -12,13 +12,13 @@ from depthmix.data.loader import Shuffle
 from depthmix.errors import UserError
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(size=st.integers(1, 4000), seed=st.integers(0, 2**63), epoch=st.integers(0, 1000))
 def test_shuffle_is_a_bijection(size, seed, epoch):
     assert sorted(Shuffle(size, seed, epoch)(np.arange(size)).tolist()) == list(range(size))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(size=st.integers(10**6, 2**48), seed=st.integers(0, 2**32), start=st.integers(0, 2**48))
 def test_shuffle_of_huge_ranges_never_repeats(size, seed, start):
     positions = (np.arange(5000, dtype=np.uint64) + np.uint64(start)) % np.uint64(size)
@@ -167,7 +167,7 @@ def test_eval_batches_are_the_first_tokens(counting_split, tokens, windows):
     assert [len(inputs) for inputs, _ in batches] == [4] * (windows // 4) + [windows % 4] * (windows % 4 > 0)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(data=st.data(), shards=st.lists(st.integers(1, 9), min_size=1, max_size=6))
 def test_read_across_shards(counting_split, data, shards):
     split = counting_split(*shards)

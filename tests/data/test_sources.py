@@ -116,7 +116,7 @@ def pieces_of(raw, sizes):
     yield raw[start:]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     parts=st.lists(
         st.tuples(

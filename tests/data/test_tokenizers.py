@@ -59,7 +59,7 @@ def test_gpt2_known_ids(gpt2):
     assert gpt2.decode([50256]) == "<|endoftext|>"
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(text=st.text(max_size=80) | st.text("aA1 '\n\t.st<|>endofx", max_size=80))
 def test_gpt2_agrees_with_peer(gpt2, gpt2_peer, text):
     assert gpt2.encode(text) == gpt2_peer.encode(text).ids
@@ -84,7 +84,7 @@ def test_byte_decodes_what_is_not_utf8():
     assert tokenizer.decode([0xFF, 65]) == "\ufffdA"
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(text=st.text(max_size=100))
 def test_bpe_round_trip(bpe, text):
     ids = bpe.encode(text)

@@ -141,7 +141,7 @@ def assert_same_bits(found, expected):
 optional = st.sets(st.sampled_from(["pool_weight", "update_weight", "norm_weight"]))
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
+@settings(max_examples=25, phases=[Phase.generate])
 @given(
     n=st.one_of(st.integers(1, 9), st.just(17)),
     width=st.sampled_from([1, 2, 3, 17, 33, 64, 100]),

@@ -121,7 +121,7 @@ def test_without_a_weight(device, weight, carried, norm):
     check(*draw(device, 3, 2, 20, weight=weight, carried=carried, norm=norm))
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=4)
 @given(k=st.integers(1, 6), width=st.integers(1, 90), tokens=st.integers(1, 4), use=st.integers(0, 7))
 def test_any_shape(device, k, width, tokens, use):
     check(*draw(device, k, tokens, width, weight=use & 1, carried=use & 2, norm=use & 4, seed=width))

@@ -225,7 +225,7 @@ def test_autocast_does_not_reach_the_gate(form, compiled):
 magnitudes = st.sampled_from([0.0, 1e-38, 1e-30, 1e-6, 1.0, 1e4, 1e15, 1e18, 1e25, 1e37])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     see_update=st.booleans(),
     width=st.integers(1, 33),

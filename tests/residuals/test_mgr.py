@@ -142,7 +142,7 @@ def test_compiled_pool_and_step_equal_eager():
 magnitudes = st.sampled_from([0.0, 1e-38, 1e-30, 1e-6, 1.0, 1e4, 1e15, 1e18, 1e25, 1e37])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     gate=st.sampled_from(["competitive", "independent"]),
     n=st.integers(1, 9),
