@@ -189,8 +189,8 @@ def test_gradcheck(form, monkeypatch):
     monkeypatch.undo()
     tensors = [t.detach().double().requires_grad_() for t in draw(form, 3, 5)[0]]
     arguments = form["convex"], form["normalise"], 1e-3
-    assert torch.autograd.gradcheck(lambda *t: gate.registered_gate(*t, *arguments)[0], tensors)
-    assert torch.autograd.gradcheck(lambda *t: gate.GatedUpdate.apply(*t, *arguments), tensors)
+    assert torch.autograd.gradcheck(lambda *t: gate.run_gate.operation(*t, *arguments)[0], tensors)
+    assert torch.autograd.gradcheck(lambda *t: gate.run_gate.direct(*t, *arguments), tensors)
 
 
 @backends
@@ -199,9 +199,9 @@ def test_opcheck(form, backend, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setenv("DEPTHMIX_KERNELS", backend)
     tensors, grad = draw(form, 4, 6)
-    torch.library.opcheck(gate.registered_gate, (*tensors, form["convex"], form["normalise"], 1e-6))
+    torch.library.opcheck(gate.run_gate.operation, (*tensors, form["convex"], form["normalise"], 1e-6))
     detached = [t.detach() for t in tensors]
-    kept = gate.registered_gate(*detached, form["convex"], form["normalise"], 1e-6)[1:]
+    kept = gate.run_gate.operation(*detached, form["convex"], form["normalise"], 1e-6)[1:]
     torch.library.opcheck(gate.registered_backward, (grad, *detached, *kept, form["convex"]))
 
 

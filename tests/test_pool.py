@@ -192,19 +192,19 @@ def test_gradients_of_mean_and_log_sum_exp_themselves(backend):
 
 REGISTERED = {
     "pool": lambda d: (
-        pool.registered_pool,
+        pool.run_pool.operation,
         ([d(2, 3, 5), d(2, 3, 5)], d(5), None, None, d(5), SCALE, EPS, 1e-5),
     ),
-    "equal": lambda d: (pool.registered_pool, ([d(4, 5)] * 1, None, None, None, None, SCALE, EPS, 1e-5)),
+    "equal": lambda d: (pool.run_pool.operation, ([d(4, 5)] * 1, None, None, None, None, SCALE, EPS, 1e-5)),
     "carried": lambda d: (
-        pool.registered_pool,
+        pool.run_pool.operation,
         ([d(2, 3, 5), d(2, 3, 5)], d(5), d(2, 3, 5), d(2, 3), None, SCALE, EPS, 1e-5),
     ),
     "carried, normed": lambda d: (
-        pool.registered_pool,
+        pool.run_pool.operation,
         ([d(4, 5), d(4, 5)], d(5), d(4, 5), d(4), d(5), SCALE, EPS, 1e-5),
     ),
-    "streams": lambda d: (pool.registered_pool_streams, (d(2, 3, 4, 5), d(5), d(5), SCALE, EPS, 1e-5)),
+    "streams": lambda d: (pool.run_pool_streams.operation, (d(2, 3, 4, 5), d(5), d(5), SCALE, EPS, 1e-5)),
     "many": lambda d: (pool.registered_pool_many, ([d(2, 3, 5), d(2, 3, 5)], d(4, 5), SCALE, EPS)),
 }
 
@@ -228,19 +228,21 @@ def test_gradcheck(case):
     tensors = [*arguments[0], *arguments[1:]] if many else list(arguments)
     places = [i for i, x in enumerate(tensors) if isinstance(x, torch.Tensor)]
     count = len(arguments[0]) if many else 0
-    direct = {pool.registered_pool: pool.Pool, pool.registered_pool_streams: pool.PoolStreams}
+    direct = {f.operation: f.direct for f in (pool.run_pool, pool.run_pool_streams)}
+
+    def run(function, *values):
+        given = list(tensors)
+        for i, x in zip(places, values, strict=True):
+            given[i] = x
+        return function(given[:count], *given[count:]) if many else function(*given)
 
     def registered(*values):
-        given = list(tensors)
-        for i, x in zip(places, values, strict=True):
-            given[i] = x
-        return operation(given[:count], *given[count:]) if many else operation(*given)
+        return run(operation, *values)
 
     def by_hand(*values):
-        given = list(tensors)
-        for i, x in zip(places, values, strict=True):
-            given[i] = x
-        return direct.get(operation, pool.PoolMany).apply(*given[count:], *given[:count])
+        if operation in direct:
+            return run(direct[operation], *values)
+        return run(lambda sources, *rest: pool.PoolMany.apply(*rest, *sources), *values)
 
     inputs = tuple(tensors[i] for i in places)
     # A mean of equal vectors has a log-sum-exp and a mean that belong together; any pair is as good here.
@@ -262,7 +264,7 @@ def test_opcheck_of_backwards(case, backend):
         opcheck(operation, (d(4, 5), *shared, None, d(4, 5), d(4), d(5), *numbers), test_utils=tests)
     elif case == "streams_backward":
         arguments = (d(4, 5), d(4, 3, 5), d(5), None, SCALE, EPS, 1e-5)
-        opcheck(pool.registered_pool_streams_backward, arguments, test_utils=tests)
+        opcheck(pool.registered_streams_backward, arguments, test_utils=tests)
     else:
         arguments = (d(2, 4, 5), d(2, 4), [d(4, 5), d(4, 5)], d(2, 5), d(2, 4), SCALE, EPS)
         opcheck(pool.registered_pool_many_backward, arguments, test_utils=tests)

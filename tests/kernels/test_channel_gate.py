@@ -110,7 +110,7 @@ def test_no_rows(device, form):
 
 def test_registered(device):
     tensors, grad = draw(device, FORMS[-1], 2, 6)
-    new, *kept = gate.registered_gate(*tensors, True, True, 1e-6)
+    new, *kept = gate.run_gate.operation(*tensors, True, True, 1e-6)
     by_op = torch.autograd.grad(new, tensors, grad)
     direct = gate.gated_update(*tensors, convex=True)
     assert torch.equal(new, direct)

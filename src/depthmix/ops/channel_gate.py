@@ -36,13 +36,12 @@ Shapes inside this file: ``N`` tokens, ``D`` features.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn import Parameter
 
 from . import backend
 from .eager import _plain, _reciprocal_rms
 from .native import channel_gate as native
 from .reference import compute_dtype, rms
+from .registration import register, register_differentiable
 
 
 def channel_gate(
@@ -80,14 +79,15 @@ def gated_update(
 ) -> Tensor:
     """``x'`` in the dtype of ``x``; arguments as for :func:`channel_gate`. Gradients are of first order."""
     width = x.shape[-1]
-    arguments = (
-        x.reshape(-1, width), update.reshape(-1, width), weight, bias, bool(convex), bool(normalise), float(eps)
-    )  # fmt: skip
-    # On a CPU, in eager execution, a registered operation costs more than a small gate itself.
-    if x.is_cpu and type(x) in (Tensor, Parameter) and not torch.compiler.is_compiling():
-        new = GatedUpdate.apply(*arguments)
-    else:
-        new = registered_gate(*arguments)[0]
+    new, *_ = run_gate(
+        x.reshape(-1, width),
+        update.reshape(-1, width),
+        weight,
+        bias,
+        bool(convex),
+        bool(normalise),
+        float(eps),
+    )
     return new.view(x.shape)
 
 
@@ -167,8 +167,10 @@ def _with_source(direct: Tensor, source: Tensor, through: Tensor, r: Tensor) -> 
     return through.add_(direct).addcmul_(source, along)
 
 
-def _forward(x, update, weight, bias, convex, normalise, eps) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(x', logit [N, D], r_x, r_u)``: ``[N]``, or empty where there is none."""
+def _forward(
+    x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, convex: bool, normalise: bool, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(x' [N, D], logit [N, D], r_x, r_u)``, r ``[N]`` or empty where there is none; only x' has a gradient."""
     width, dtype = x.shape[1], compute_dtype(x.dtype)
     with _plain(x.device):
         x, update, w = x.contiguous(), update.contiguous(), weight.to(dtype)
@@ -180,7 +182,15 @@ def _forward(x, update, weight, bias, convex, normalise, eps) -> tuple[Tensor, T
 
 
 def _backward(
-    grad, x, update, weight, bias, logit, r_x, r_u, convex
+    grad: Tensor,
+    x: Tensor,
+    update: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    logit: Tensor,
+    r_x: Tensor,
+    r_u: Tensor,
+    convex: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of ``(x, update, weight, bias)``, each in its dtype."""
     width, dtype = x.shape[1], logit.dtype
@@ -200,67 +210,20 @@ def _backward(
     return d_x, d_update, d_weight.to(weight.dtype), d_bias.to(bias.dtype)
 
 
-class GatedUpdate(torch.autograd.Function):
-    """``(x [N, D], update [N, D], weight, bias) -> x' [N, D]``."""
-
-    @staticmethod
-    def forward(ctx, x, update, weight, bias, convex, normalise, eps):
-        new, *kept = _forward(x, update, weight, bias, convex, normalise, eps)
-        ctx.save_for_backward(x, update, weight, bias, *kept)
-        ctx.convex = convex
-        return new
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return *_backward(grad, *ctx.saved_tensors, ctx.convex), None, None, None
-
-
-# --- the registered operations ----------------------------------------------------------------
-
-
-@torch.library.custom_op("depthmix::channel_gate", mutates_args=())
-def registered_gate(
-    x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, convex: bool, normalise: bool, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(x' [N, D], logit [N, D], r_x, r_u)``; only the first has a gradient."""
-    return _forward(x, update, weight, bias, convex, normalise, eps)
-
-
-@registered_gate.register_fake
-def _(x, update, weight, bias, convex, normalise, eps):
+def _fake_forward(x, update, weight, bias, convex, normalise, eps):
     dtype, see_update = compute_dtype(x.dtype), weight.shape[1] == 2 * x.shape[1]
     new = lambda *shape: x.new_empty(shape, dtype=dtype)  # noqa: E731
     rows = x.shape[0]
     return (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
+        x.new_empty(x.shape),
         new(*x.shape),
         new(rows if normalise else 0),
         new(rows if normalise and see_update else 0),
     )
 
 
-@torch.library.custom_op("depthmix::channel_gate_backward", mutates_args=())
-def registered_backward(
-    grad: Tensor,
-    x: Tensor,
-    update: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    logit: Tensor,
-    r_x: Tensor,
-    r_u: Tensor,
-    convex: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of ``(x, update, weight, bias)``."""
-    return _backward(grad, x, update, weight, bias, logit, r_x, r_u, convex)
-
-
-@registered_backward.register_fake
-def _(grad, x, update, weight, bias, logit, r_x, r_u, convex):
-    return tuple(
-        torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, update, weight, bias)
-    )
+def _fake_backward(grad, x, update, weight, bias, *_):
+    return tuple(t.new_empty(t.shape) for t in (x, update, weight, bias))
 
 
 def _keep(ctx, inputs, output):
@@ -270,8 +233,11 @@ def _keep(ctx, inputs, output):
     ctx.convex = convex
 
 
-def _gradients(ctx, grad, *_):
-    return *registered_backward(grad, *ctx.saved_tensors, ctx.convex), None, None, None
+def _differentiate(run_backward, ctx, grad, *_):
+    return *run_backward(grad, *ctx.saved_tensors, ctx.convex), None, None, None
 
 
-registered_gate.register_autograd(_gradients, setup_context=_keep)
+registered_backward = register("channel_gate_backward", _backward, _fake_backward)
+run_gate = register_differentiable(
+    "channel_gate", _forward, _fake_forward, _keep, _differentiate, _backward, registered_backward
+)

@@ -41,18 +41,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import Parameter
 
 from . import backend, pool_eager
 from .native import pool as native
 from .reference import compute_dtype
-
-# On a CPU, in eager execution, the registered operation costs more than many a pool: it passes through Python three
-# times, with its lists flattened each time. There an autograd function calls the same two functions.
-
-
-def _directly(x: Tensor) -> bool:
-    return type(x) in (Tensor, Parameter) and x.is_cpu and not torch.compiler.is_compiling()
+from .registration import register, register_differentiable, runs_directly
 
 
 def _kernels(x: Tensor) -> ModuleType:
@@ -118,58 +111,10 @@ def pool(
     norm_eps: float = 1e-6,
 ) -> Tensor:
     """``h [..., D]`` of sources ``[..., D]``; ``carried [..., D]`` and ``carried_lse [...]`` of :func:`pool_many`."""
-    arguments = weight, carried, carried_lse, norm_weight, scale, eps, norm_eps
-    if _directly(sources[0]):
-        return Pool.apply(*arguments, *sources)
-    return registered_pool(list(sources), *arguments)
+    return run_pool(list(sources), weight, carried, carried_lse, norm_weight, scale, eps, norm_eps)
 
 
-def _pool_forward(sources, weight, carried, carried_lse, norm_weight, scale, eps, norm_eps) -> Tensor:
-    kernels, first = _kernels(sources[0]), sources[0]
-    rows, carried, lse = _rows(sources, kernels), _whole(carried), _flat(carried_lse)
-    h = kernels.pool_forward(rows, weight, carried, lse, norm_weight, scale, eps, norm_eps)
-    return h.view(first.shape)
-
-
-def _pool_backward(grad_h, sources, weight, h, carried, carried_lse, norm_weight, scale, eps, norm_eps):
-    """``(list of the sources' gradients, d_weight, d_carried, d_carried_lse, d_norm_weight)``."""
-    kernels, first = _kernels(sources[0]), sources[0]
-    rows, h, carried, lse = _rows(sources, kernels), _whole(h), _whole(carried), _flat(carried_lse)
-    gradients = [_empty(v) for v in sources]
-    arguments = [
-        _whole(grad_h), rows, weight, carried, lse, norm_weight, scale, eps, norm_eps, _rows(gradients, kernels)
-    ]  # fmt: skip
-    if h is not None and kernels in (native, pool_eager):
-        arguments.append(h)
-    elif h is not None:
-        arguments[3] = pool_eager.carried_of(h, rows, weight, lse, scale, eps)
-    d_weight, d_carried, d_lse, d_norm = kernels.pool_backward(*arguments)
-    if carried_lse is not None:
-        d_carried, d_lse = d_carried.view(first.shape), d_lse.view(carried_lse.shape)
-    return gradients, d_weight, d_carried, d_lse, d_norm
-
-
-class Pool(torch.autograd.Function):
-    """``(weight, carried, carried_lse, norm_weight, scale, eps, norm_eps, *sources) -> h``."""
-
-    @staticmethod
-    def forward(ctx, weight, carried, lse, norm_weight, scale, eps, norm_eps, *sources):
-        h = _pool_forward(sources, weight, carried, lse, norm_weight, scale, eps, norm_eps)
-        _keep_pool(ctx, (sources, weight, carried, lse, norm_weight, scale, eps, norm_eps), h)
-        return h
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_h):
-        weight, h, carried, lse, norm_weight, *sources = ctx.saved_tensors
-        d_sources, *d_others = _pool_backward(
-            grad_h, sources, weight, h, carried, lse, norm_weight, *ctx.rest
-        )
-        return *d_others, None, None, None, *d_sources
-
-
-@torch.library.custom_op("depthmix::pool", mutates_args=())
-def registered_pool(
+def _pool(
     sources: Sequence[Tensor],
     weight: Tensor | None,
     carried: Tensor | None,
@@ -180,16 +125,13 @@ def registered_pool(
     norm_eps: float,
 ) -> Tensor:
     """``h [..., D]``."""
-    return _pool_forward(sources, weight, carried, carried_lse, norm_weight, scale, eps, norm_eps)
+    kernels, first = _kernels(sources[0]), sources[0]
+    rows, carried, lse = _rows(sources, kernels), _whole(carried), _flat(carried_lse)
+    h = kernels.pool_forward(rows, weight, carried, lse, norm_weight, scale, eps, norm_eps)
+    return h.view(first.shape)
 
 
-@registered_pool.register_fake
-def _(sources, *_):
-    return sources[0].new_empty(sources[0].shape)
-
-
-@torch.library.custom_op("depthmix::pool_backward", mutates_args=())
-def registered_pool_backward(
+def _pool_backward(
     grad_h: Tensor,
     sources: Sequence[Tensor],
     weight: Tensor | None,
@@ -203,14 +145,27 @@ def registered_pool_backward(
 ) -> list[Tensor]:
     """Gradients of the sources and of those of ``weight``, ``carried``, ``carried_lse`` and ``norm_weight`` that there
     are; with ``carried_lse`` comes ``h`` or ``carried``, and both it and the mean have a gradient."""
-    d_sources, *d_others = _pool_backward(
-        grad_h, sources, weight, h, carried, carried_lse, norm_weight, scale, eps, norm_eps
-    )
-    return [*d_sources, *_present(*d_others)]
+    kernels, first = _kernels(sources[0]), sources[0]
+    rows, h, carried, lse = _rows(sources, kernels), _whole(h), _whole(carried), _flat(carried_lse)
+    gradients = [_empty(v) for v in sources]
+    arguments = [
+        _whole(grad_h), rows, weight, carried, lse, norm_weight, scale, eps, norm_eps, _rows(gradients, kernels)
+    ]  # fmt: skip
+    if h is not None and kernels in (native, pool_eager):
+        arguments.append(h)
+    elif h is not None:
+        arguments[3] = pool_eager.carried_of(h, rows, weight, lse, scale, eps)
+    d_weight, d_carried, d_lse, d_norm = kernels.pool_backward(*arguments)
+    if carried_lse is not None:
+        d_carried, d_lse = d_carried.view(first.shape), d_lse.view(carried_lse.shape)
+    return [*gradients, *_present(d_weight, d_carried, d_lse, d_norm)]
 
 
-@registered_pool_backward.register_fake
-def _(grad_h, sources, weight, h, carried, carried_lse, norm_weight, *_):
+def _fake_pool(sources, *_):
+    return sources[0].new_empty(sources[0].shape)
+
+
+def _fake_pool_backward(grad_h, sources, weight, h, carried, carried_lse, norm_weight, *_):
     first = sources[0]
     d_carried = None if carried_lse is None else first.new_empty(first.shape, dtype=carried_lse.dtype)
     return [x.new_empty(x.shape) for x in (*sources, *_present(weight, d_carried, carried_lse, norm_weight))]
@@ -224,15 +179,18 @@ def _keep_pool(ctx, inputs, output):
     ctx.save_for_backward(weight, h, carried, lse, norm_weight, *sources)
 
 
-def _differentiate_pool(ctx, grad_h):
+def _differentiate_pool(run_backward, ctx, grad_h):
     weight, h, carried, lse, norm_weight, *sources = ctx.saved_tensors
-    found = registered_pool_backward(grad_h, sources, weight, h, carried, lse, norm_weight, *ctx.rest)
+    found = run_backward(grad_h, sources, weight, h, carried, lse, norm_weight, *ctx.rest)
     rest = iter(found[len(sources) :])
     d_others = [None if x is None else next(rest) for x in (weight, lse, lse, norm_weight)]
     return found[: len(sources)], *d_others, None, None, None
 
 
-registered_pool.register_autograd(_differentiate_pool, setup_context=_keep_pool)
+registered_pool_backward = register("pool_backward", _pool_backward, _fake_pool_backward)
+run_pool = register_differentiable(
+    "pool", _pool, _fake_pool, _keep_pool, _differentiate_pool, _pool_backward, registered_pool_backward
+)
 
 
 # --- pool_streams -----------------------------------------------------------------------------
@@ -248,44 +206,10 @@ def pool_streams(
     norm_eps: float = 1e-6,
 ) -> Tensor:
     """``h [..., D]`` of streams ``[..., n, D]``."""
-    run = PoolStreams.apply if _directly(streams) else registered_pool_streams
-    return run(streams, weight, norm_weight, scale, eps, norm_eps)
+    return run_pool_streams(streams, weight, norm_weight, scale, eps, norm_eps)
 
 
-def _streams_forward(streams, weight, norm_weight, scale, eps, norm_eps) -> Tensor:
-    h = _kernels(streams).pool_forward(
-        _unstacked(streams), weight, None, None, norm_weight, scale, eps, norm_eps
-    )
-    return h.view(*streams.shape[:-2], streams.shape[-1])
-
-
-def _streams_backward(grad_h, streams, weight, norm_weight, scale, eps, norm_eps):
-    """``(d_streams, d_weight, d_norm_weight)``."""
-    d_streams = _empty(streams)
-    d_weight, _, _, d_norm = _kernels(streams).pool_backward(
-        _whole(grad_h), _unstacked(streams), weight, None, None, norm_weight, scale, eps, norm_eps,
-        _unstacked(d_streams),
-    )  # fmt: skip
-    return d_streams, d_weight, d_norm
-
-
-class PoolStreams(torch.autograd.Function):
-    """``(streams, weight, norm_weight, scale, eps, norm_eps) -> h``."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        h = _streams_forward(*inputs)
-        _keep_streams(ctx, inputs, h)
-        return h
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_h):
-        return *_streams_backward(grad_h, *ctx.saved_tensors, *ctx.rest), None, None, None
-
-
-@torch.library.custom_op("depthmix::pool_streams", mutates_args=())
-def registered_pool_streams(
+def _streams(
     streams: Tensor,
     weight: Tensor | None,
     norm_weight: Tensor | None,
@@ -294,16 +218,13 @@ def registered_pool_streams(
     norm_eps: float,
 ) -> Tensor:
     """``h [..., D]``."""
-    return _streams_forward(streams, weight, norm_weight, scale, eps, norm_eps)
+    h = _kernels(streams).pool_forward(
+        _unstacked(streams), weight, None, None, norm_weight, scale, eps, norm_eps
+    )
+    return h.view(*streams.shape[:-2], streams.shape[-1])
 
 
-@registered_pool_streams.register_fake
-def _(streams, *_):
-    return streams.new_empty(*streams.shape[:-2], streams.shape[-1])
-
-
-@torch.library.custom_op("depthmix::pool_streams_backward", mutates_args=())
-def registered_pool_streams_backward(
+def _streams_backward(
     grad_h: Tensor,
     streams: Tensor,
     weight: Tensor | None,
@@ -313,11 +234,19 @@ def registered_pool_streams_backward(
     norm_eps: float,
 ) -> list[Tensor]:
     """Gradients of the streams and of those of ``weight`` and ``norm_weight`` that there are."""
-    return _present(*_streams_backward(grad_h, streams, weight, norm_weight, scale, eps, norm_eps))
+    d_streams = _empty(streams)
+    d_weight, _, _, d_norm = _kernels(streams).pool_backward(
+        _whole(grad_h), _unstacked(streams), weight, None, None, norm_weight, scale, eps, norm_eps,
+        _unstacked(d_streams),
+    )  # fmt: skip
+    return _present(d_streams, d_weight, d_norm)
 
 
-@registered_pool_streams_backward.register_fake
-def _(grad_h, streams, weight, norm_weight, *_):
+def _fake_streams(streams, *_):
+    return streams.new_empty(*streams.shape[:-2], streams.shape[-1])
+
+
+def _fake_streams_backward(grad_h, streams, weight, norm_weight, *_):
     return [x.new_empty(x.shape) for x in _present(streams, weight, norm_weight)]
 
 
@@ -326,13 +255,17 @@ def _keep_streams(ctx, inputs, output):
     ctx.save_for_backward(streams, weight, norm_weight)
 
 
-def _differentiate_streams(ctx, grad_h):
+def _differentiate_streams(run_backward, ctx, grad_h):
     saved = ctx.saved_tensors
-    rest = iter(registered_pool_streams_backward(grad_h, *saved, *ctx.rest))
+    rest = iter(run_backward(grad_h, *saved, *ctx.rest))
     return *(None if x is None else next(rest) for x in saved), None, None, None
 
 
-registered_pool_streams.register_autograd(_differentiate_streams, setup_context=_keep_streams)
+registered_streams_backward = register("pool_streams_backward", _streams_backward, _fake_streams_backward)
+run_pool_streams = register_differentiable(
+    "pool_streams", _streams, _fake_streams, _keep_streams, _differentiate_streams, _streams_backward,
+    registered_streams_backward,
+)  # fmt: skip
 
 
 # --- pool_many --------------------------------------------------------------------------------
@@ -343,7 +276,7 @@ def pool_many(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """``(Q means [..., D], Q log-sum-exps [...])`` for ``weights [Q, D]``, in the compute dtype of the sources."""
     Q = len(weights)
-    if _directly(sources[0]):
+    if runs_directly(sources[0]):
         found = PoolMany.apply(weights, scale, eps, *sources)
         return found[:Q], found[Q:]
     out, lse = registered_pool_many(list(sources), weights, scale, eps)

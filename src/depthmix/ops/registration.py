@@ -1,13 +1,15 @@
 """One function, two ways to call it: as a registered operation under ``torch.compile``, directly everywhere else.
 
 ``torch.library`` gives a compiler what it needs of an operation (a schema, fake tensors, a gradient it can trace), and
-its wrappers cost some tens of microseconds a call and seconds of imports at the first. A model that runs operation by
-operation needs none of that: there an ``autograd.Function`` made of the same functions runs.
+its wrappers cost a hundred microseconds and more a call, and seconds of imports at the first. A model that runs
+operation by operation needs none of that: there an ``autograd.Function`` made of the same functions runs.
 """
 
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.autograd.function import once_differentiable
 
 
@@ -16,6 +18,11 @@ def register(name: str, function: Callable, fake: Callable):
     operation = torch.library.custom_op(f"depthmix::{name}", mutates_args=())(function)
     operation.register_fake(fake)
     return operation
+
+
+def runs_directly(x: Tensor) -> bool:
+    """Whether operations on ``x`` need not be registered ones: nobody compiles, and there are numbers."""
+    return not (torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor))
 
 
 def register_differentiable(
@@ -30,14 +37,14 @@ def register_differentiable(
     """``depthmix::name`` with a first-order gradient, as a callable that picks the way.
 
     Args:
-        forward, fake: as for :func:`register`.
+        forward, fake: as for :func:`register`. Arguments are tensors, lists of tensors and constants, given by
+            position; the first is a tensor or a list.
         keep: ``setup_context(ctx, inputs, output)``.
-        differentiate: ``(run_backward, ctx, *gradients) -> gradients of the inputs``, where ``run_backward`` is one of
-            the next two.
+        differentiate: ``(run_backward, ctx, *gradients) -> gradients of the inputs``, a list for a list, where
+            ``run_backward`` is one of the next two.
         backward, registered_backward: the function that computes gradients, and the operation registered for it.
 
-    The callable's ``operation`` is the registered operation. Every argument is given by position. Tensors in a list
-    receive no gradient.
+    The callable's ``operation`` is the registered operation, its ``direct`` the other way.
     """
     operation = register(name, forward, fake)
     operation.register_autograd(
@@ -45,18 +52,47 @@ def register_differentiable(
     )
 
     class Direct(torch.autograd.Function):
+        """Lists come flattened, with their lengths first: autograd sees no tensor inside of a list."""
+
+        @staticmethod
+        def forward(ctx, lengths, *flat):
+            arguments = _nested(lengths, flat)
+            output = forward(*arguments)
+            keep(ctx, arguments, output)
+            ctx.lengths = lengths
+            return output
+
         @staticmethod
         @once_differentiable
         def backward(ctx, *gradients):
-            # None for a list as a whole, where a registered operation wants one for each of its tensors.
-            found = differentiate(backward, ctx, *gradients)
-            return tuple(None if isinstance(x, list) else x for x in found)
+            return None, *_flattened(differentiate(backward, ctx, *gradients))
 
-    Direct.forward, Direct.setup_context = staticmethod(forward), staticmethod(keep)
-    Direct.__name__ = name
+    Direct.__name__ = Direct.__qualname__ = name
+
+    def direct(*arguments):
+        lengths = tuple(len(x) if isinstance(x, list) else None for x in arguments)
+        return Direct.apply(lengths, *_flattened(arguments))
 
     def call(*arguments):
-        return operation(*arguments) if torch.compiler.is_compiling() else Direct.apply(*arguments)
+        first = arguments[0][0] if isinstance(arguments[0], list) else arguments[0]
+        return direct(*arguments) if runs_directly(first) else operation(*arguments)
 
-    call.operation = operation
+    call.operation, call.direct = operation, direct
     return call
+
+
+def _flattened(values) -> list:
+    flat = []
+    for value in values:
+        if isinstance(value, list):
+            flat += value
+        else:
+            flat.append(value)
+    return flat
+
+
+def _nested(lengths: tuple[int | None, ...], flat: tuple) -> list:
+    values, rest = [], iter(flat)
+    for length in lengths:
+        values.append(next(rest) if length is None else [next(rest) for _ in range(length)])
+    return values
