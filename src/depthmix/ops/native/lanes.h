@@ -1,4 +1,4 @@
-// What the kernels share: vectors of 16 fp32 numbers, dot products, and the choice of a template by n.
+// What the kernels share: vectors of 16 fp32 numbers, their exponential, dot products, and the choice of a template by n.
 
 #pragma once
 
@@ -9,6 +9,8 @@ namespace {
 
 // 16 numbers, in whatever registers the processor has; loaded from any address.
 typedef float Lanes __attribute__((vector_size(64)));
+typedef int32_t Integers __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
 constexpr int lanes = 16;
 
 inline Lanes load(const float* from) {
@@ -23,6 +25,21 @@ inline float sum(Lanes x) {
     for (int step = lanes / 2; step > 0; step /= 2)
         for (int l = 0; l < step; ++l) part[l] += part[l + step];
     return part[0];
+}
+
+// e^x for x <= 0 (Cephes' polynomial, 1 to 2 ulp; 0 below -87).
+inline Lanes exponential(Lanes x) {
+    const Integers n = __builtin_convertvector(x * 1.44269504f - 0.5f, Integers);
+    const Lanes whole = __builtin_convertvector(n, Lanes);
+    const Lanes r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+    Lanes p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    const Lanes value = p * (Lanes)(((Words)n + 127u) << 23);
+    return (Lanes)((Words)value & ~(Words)(x < -87.0f));
 }
 
 // out[k] = a . rows[k] for rows [count, width]: a is read once, and the sums do not wait for each other.
