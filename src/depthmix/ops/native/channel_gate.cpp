@@ -1,8 +1,8 @@
 // The channel gate behind its matrix product, on a CPU: see ops/channel_gate.py for the equations.
 //
-// Storage is fp32, bf16 or fp16 for each tensor by itself, arithmetic fp32. A 16-bit row is widened into a buffer, worked
-// on there and narrowed again: rows are short, the buffers stay in the first cache. Behind the dot products that a row
-// needs, one pass does everything else.
+// Storage is fp32, bf16 or fp16 for each tensor by itself, arithmetic fp32. A 16-bit row is widened into a buffer,
+// worked on there and narrowed again: rows are short, the buffers stay in the first cache. Behind the dot products that
+// a row needs, one pass does everything else.
 
 #include <cmath>
 #include <vector>
@@ -28,7 +28,8 @@ inline float reciprocal_rms(const float* x, int64_t width, float eps) {
     return 1.0f / std::sqrt(dot(x, x, width) / static_cast<float>(width) + eps);
 }
 
-// Of d_x along x, behind the norm: r^2 times the dot product could leave fp32 where each of r and r times the dot does not.
+// Of the gradient of x, what lies along x: r^2 times the dot product could leave fp32 where each of r and r times the
+// dot does not.
 inline float along_source(const float* through, const float* x, float r, int64_t width) {
     return dot(through, x, width) * r * r / -static_cast<float>(width);
 }

@@ -5,6 +5,12 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Integers{__VA_ARGS__})
+#endif
+
 namespace {
 
 // 16 numbers, in whatever registers the processor has; loaded from any address.
@@ -20,11 +26,11 @@ inline Lanes load(const float* from) {
 }
 
 inline float sum(Lanes x) {
-    float part[lanes];
-    std::memcpy(part, &x, sizeof x);
-    for (int step = lanes / 2; step > 0; step /= 2)
-        for (int l = 0; l < step; ++l) part[l] += part[l + step];
-    return part[0];
+    x += SHUFFLE(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    x += SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    x += SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    x += SHUFFLE(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+    return x[0];
 }
 
 // e^x for x <= 0 (Cephes' polynomial, 1 to 2 ulp; 0 below -87).

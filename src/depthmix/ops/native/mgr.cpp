@@ -418,11 +418,14 @@ class Entering {
         const T* anchor = streams + t * step.n * step.width;
         if (!window.k) return anchor;
         for (int64_t j = 0; j < window.k; ++j)
-            pointers[j] = row(window.outputs[j], window.dtypes[j], t * step.width, step.width, rows + (j + 1) * step.width);
+            pointers[j] = row(window.outputs[j], window.dtypes[j], t * step.width, step.width,
+                              rows + (j + 1) * step.width);
         replay(step, window, t, anchor, pointers.data(), tile);
         return tile;
     }
-    const float* output(const void* y, int64_t dtype, int64_t t) { return row(y, dtype, t * step.width, step.width, rows); }
+    const float* output(const void* y, int64_t dtype, int64_t t) {
+        return row(y, dtype, t * step.width, step.width, rows);
+    }
 
   private:
     const Step& step;

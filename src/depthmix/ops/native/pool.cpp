@@ -14,11 +14,6 @@
 
 namespace {
 
-#ifdef __clang__
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Integers{__VA_ARGS__})
-#endif
 #define INLINE __attribute__((always_inline))
 
 inline void store(float* to, Lanes x) { std::memcpy(to, &x, sizeof x); }
