@@ -3,20 +3,20 @@
 import torch
 from torch import Tensor
 
-from . import available, call
+from . import call
+from .storage import DTYPES, fp32, storable
 
-STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 CHUNK = 64
 """Rows whose part of the bias's gradient is summed first: as in the source."""
 
 
 def usable(*tensors: Tensor) -> bool:
     """Whether these kernels take such tensors."""
-    return all(x.is_cpu and x.dtype in STORAGE for x in tensors) and available()
+    return storable(*tensors)
 
 
 def _typed(x: Tensor) -> tuple[Tensor, int]:
-    return x, STORAGE[x.dtype]
+    return x, DTYPES[x.dtype]
 
 
 def _rows(r: Tensor) -> Tensor | None:
@@ -30,7 +30,7 @@ def forward(product_x, product_u, bias, x, update, convex, normalise, eps):
     r_u = torch.empty(N if normalise and product_u is not None else 0)
     call(
         "channel_gate_forward", N, D, convex, float(eps), torch.get_num_threads(), product_x, product_u,
-        bias.detach().to(torch.float32), *_typed(x), *_typed(update), out, _rows(r_x), _rows(r_u),
+        fp32(bias), *_typed(x), *_typed(update), out, _rows(r_x), _rows(r_u),
     )  # fmt: skip
     return out, r_x, r_u
 

@@ -1,14 +1,22 @@
-// What the kernels share: vectors of 16 fp32 numbers, dot products, and the choice of a template by n.
+// What the kernels share: vectors of 16 fp32 numbers, their exponential, dot products, and the choice of a template by n.
 
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Integers{__VA_ARGS__})
+#endif
+
 namespace {
 
 // 16 numbers, in whatever registers the processor has; loaded from any address.
 typedef float Lanes __attribute__((vector_size(64)));
+typedef int32_t Integers __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
 constexpr int lanes = 16;
 
 inline Lanes load(const float* from) {
@@ -18,11 +26,26 @@ inline Lanes load(const float* from) {
 }
 
 inline float sum(Lanes x) {
-    float part[lanes];
-    std::memcpy(part, &x, sizeof x);
-    for (int step = lanes / 2; step > 0; step /= 2)
-        for (int l = 0; l < step; ++l) part[l] += part[l + step];
-    return part[0];
+    x += SHUFFLE(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    x += SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    x += SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    x += SHUFFLE(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+    return x[0];
+}
+
+// e^x for x <= 0 (Cephes' polynomial, 1 to 2 ulp; 0 below -87).
+inline Lanes exponential(Lanes x) {
+    const Integers n = __builtin_convertvector(x * 1.44269504f - 0.5f, Integers);
+    const Lanes whole = __builtin_convertvector(n, Lanes);
+    const Lanes r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+    Lanes p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    const Lanes value = p * (Lanes)(((Words)n + 127u) << 23);
+    return (Lanes)((Words)value & ~(Words)(x < -87.0f));
 }
 
 // out[k] = a . rows[k] for rows [count, width]: a is read once, and the sums do not wait for each other.

@@ -418,11 +418,14 @@ class Entering {
         const T* anchor = streams + t * step.n * step.width;
         if (!window.k) return anchor;
         for (int64_t j = 0; j < window.k; ++j)
-            pointers[j] = row(window.outputs[j], window.dtypes[j], t, step.width, rows + (j + 1) * step.width);
+            pointers[j] = row(window.outputs[j], window.dtypes[j], t * step.width, step.width,
+                              rows + (j + 1) * step.width);
         replay(step, window, t, anchor, pointers.data(), tile);
         return tile;
     }
-    const float* output(const void* y, int64_t dtype, int64_t t) { return row(y, dtype, t, step.width, rows); }
+    const float* output(const void* y, int64_t dtype, int64_t t) {
+        return row(y, dtype, t * step.width, step.width, rows);
+    }
 
   private:
     const Step& step;
@@ -495,13 +498,13 @@ void backward(const Step& step, const Window& window, int64_t N, int64_t threads
             for (int64_t t = c * chunk; t < std::min(N, (c + 1) * chunk); ++t) {
                 const T* s = entering.token(t);
                 const float* update = entering.output(y, y_dtype, t);
-                const float* read = grad_h ? row(grad_h, grad_h_dtype, t, width, read_row) : nullptr;
-                float* to = y_dtype == float32 ? static_cast<float*>(d_y) + t * width : d_y_row;
+                const float* read = grad_h ? row(grad_h, grad_h_dtype, t * width, width, read_row) : nullptr;
+                float* to = row_to_put(d_y, y_dtype, t * width, d_y_row);
                 std::copy_n(beta + t * n, n, of.beta);
                 backward_token(step, s, update, read, grad_streams ? grad_streams + t * size : nullptr,
                                streams + std::min(t + 1, N - 1) * size, of, at_hand, d_streams + t * size, past, to,
                                sums);
-                put_row(d_y, y_dtype, t, width, to);
+                put_row(d_y, y_dtype, t * width, width, to);
             }
         }
         finish_past();
@@ -523,8 +526,6 @@ void backward(const Step& step, const Window& window, int64_t N, int64_t threads
 }  // namespace
 
 extern "C" {
-
-int64_t mgr_has_half() { return HAS_HALF; }
 
 void mgr_forward(int64_t N, int64_t n, int64_t width, int64_t threads, int64_t dtype, const void* y, int64_t y_dtype,
                  const void* streams, int64_t k, const void* const* outputs, const int64_t* output_dtypes,

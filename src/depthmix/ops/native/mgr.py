@@ -7,36 +7,25 @@ become fp32 here. ``N`` tokens, ``n`` streams, ``D`` features.
 import torch
 from torch import Tensor
 
-from . import _load, call
+from . import call
+from .storage import DTYPES, fp32, storable
 
 LARGEST_N = 64
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def usable(streams: Tensor, *others: Tensor | None) -> bool:
     """Whether the kernels can take ``streams [N, n, D]`` and the outputs, gradients and weights that go with them."""
     return (
-        all(
-            x is None or (type(x) in (Tensor, torch.nn.Parameter) and x.is_cpu and x.dtype in _DTYPES)
-            for x in (streams, *others)
-        )
+        all(x is None or type(x) in (Tensor, torch.nn.Parameter) for x in (streams, *others))
         and 1 <= streams.shape[-2] <= LARGEST_N
-        and (library := _load()[0]) is not None
-        and (
-            bool(library.mgr_has_half())
-            or all(x is None or x.dtype is not torch.float16 for x in (streams, *others))
-        )
+        and storable(streams, *others)
     )
-
-
-def _fp32(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.detach().float().contiguous()
 
 
 def _window(outputs: list[Tensor], gates: list[Tensor]):
     """Arguments that describe a window, and the tensors they point into."""
     outputs, gates = [y.contiguous() for y in outputs], [beta.contiguous() for beta in gates]
-    return len(outputs), outputs, [_DTYPES[y.dtype] for y in outputs], gates
+    return len(outputs), outputs, [DTYPES[y.dtype] for y in outputs], gates
 
 
 def step_forward(
@@ -61,13 +50,13 @@ def step_forward(
     """
     tokens, n, width = streams.shape
     layer_output, streams = layer_output.contiguous(), streams.contiguous()
-    weights = [_fp32(w) for w in (gate_weight, gate_bias, pool_weight, update_weight, norm_weight)]
+    weights = [fp32(w) for w in (gate_weight, gate_bias, pool_weight, update_weight, norm_weight)]
     h = torch.empty(tokens, width, dtype=streams.dtype, device=streams.device)
     new_streams = torch.empty_like(streams) if write else None
     beta = torch.empty(tokens, n, dtype=torch.float32, device=streams.device)
     call(
-        "mgr_forward", tokens, n, width, torch.get_num_threads(), _DTYPES[streams.dtype],
-        layer_output, _DTYPES[layer_output.dtype], streams, *_window(outputs, gates), *weights,
+        "mgr_forward", tokens, n, width, torch.get_num_threads(), DTYPES[streams.dtype],
+        layer_output, DTYPES[layer_output.dtype], streams, *_window(outputs, gates), *weights,
         gate == "competitive", float(scale), float(eps), float(norm_eps), h, new_streams, beta,
     )  # fmt: skip
     return h, new_streams, beta
@@ -105,10 +94,10 @@ def step_backward(
         None if w is None else torch.empty(w.shape, dtype=torch.float32, device=w.device) for w in parameters
     ]
     call(
-        "mgr_backward", tokens, n, width, torch.get_num_threads(), _DTYPES[streams.dtype],
-        grad_h, _DTYPES[torch.float32 if grad_h is None else grad_h.dtype], grad_streams,
-        layer_output, _DTYPES[layer_output.dtype], streams, *_window(outputs, gates), beta,
-        *map(_fp32, parameters), gate == "competitive", float(scale), float(eps), float(norm_eps),
+        "mgr_backward", tokens, n, width, torch.get_num_threads(), DTYPES[streams.dtype],
+        grad_h, DTYPES[torch.float32 if grad_h is None else grad_h.dtype], grad_streams,
+        layer_output, DTYPES[layer_output.dtype], streams, *_window(outputs, gates), beta,
+        *map(fp32, parameters), gate == "competitive", float(scale), float(eps), float(norm_eps),
         d_output, d_streams, *totals,
     )  # fmt: skip
     return (

@@ -10,56 +10,13 @@
 #include <type_traits>
 #include <vector>
 
-#include "lanes.h"
+#include "storage.h"
 
 namespace {
 
-typedef int32_t Whole __attribute__((vector_size(64)));
-typedef uint32_t Bits __attribute__((vector_size(64)));
-typedef uint16_t Short __attribute__((vector_size(32)));
-
-#ifdef __clang__
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Whole{__VA_ARGS__})
-#endif
 #define INLINE __attribute__((always_inline))
 
-struct BFloat16 {
-    uint16_t bits;
-};
-
-inline Lanes load(const BFloat16* from) {
-    Short x;
-    std::memcpy(&x, from, sizeof x);
-    return (Lanes)(__builtin_convertvector(x, Bits) << 16);
-}
-
-inline void store(BFloat16* to, Lanes x) {
-    const Bits bits = (Bits)x;
-    const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
-    const Bits number = (Bits)(x == x);
-    const Short y = __builtin_convertvector((rounded & number) | (0x7fc0u & ~number), Short);
-    std::memcpy(to, &y, sizeof y);
-}
-
 inline void store(float* to, Lanes x) { std::memcpy(to, &x, sizeof x); }
-
-#ifdef __FLT16_MANT_DIG__
-typedef _Float16 Float16;
-typedef Float16 Halves __attribute__((vector_size(32)));
-
-inline Lanes load(const Float16* from) {
-    Halves x;
-    std::memcpy(&x, from, sizeof x);
-    return __builtin_convertvector(x, Lanes);
-}
-
-inline void store(Float16* to, Lanes x) {
-    const Halves y = __builtin_convertvector(x, Halves);
-    std::memcpy(to, &y, sizeof y);
-}
-#endif
 
 // The first `count` of 16 numbers, zeros behind; where count is the constant 16, a plain load.
 INLINE inline Lanes load(const float* from, int64_t count) {
@@ -76,54 +33,9 @@ INLINE inline void store(float* to, Lanes x, int64_t count) {
     std::memcpy(to, part, count * sizeof(float));
 }
 
-template <class T>
-void widen(float* to, const T* from, int64_t width) {
-    int64_t d = 0;
-    for (; d + lanes <= width; d += lanes) store(to + d, load(from + d));
-    T part[lanes] = {};
-    if (d < width) std::memcpy(part, from + d, (width - d) * sizeof(T));
-    store(to + d, load(part), width - d);
-}
-
-template <class T>
-void narrow(T* to, const float* from, int64_t width) {
-    int64_t d = 0;
-    for (; d + lanes <= width; d += lanes) store(to + d, load(from + d));
-    T part[lanes];
-    store(part, load(from + d, width - d));
-    if (d < width) std::memcpy(to + d, part, (width - d) * sizeof(T));
-}
-
-// Rows in memory as they are stored, and in fp32 as they are computed with.
-struct Storage {
-    int64_t kind;  // 0: fp32, 1: bf16, 2: fp16
-
-    bool wide() const { return kind == 0; }
-
-    // width numbers from `offset` on: where they are, or widened into `scratch`.
-    float* read(const void* from, int64_t offset, float* scratch, int64_t width) const {
-        if (wide()) return (float*)from + offset;
-        if (kind == 1) widen(scratch, (const BFloat16*)from + offset, width);
-#ifdef __FLT16_MANT_DIG__
-        if (kind == 2) widen(scratch, (const Float16*)from + offset, width);
-#endif
-        return scratch;
-    }
-
-    // What was computed where `write_to` said becomes what is stored.
-    float* write_to(void* to, int64_t offset, float* scratch) const { return wide() ? (float*)to + offset : scratch; }
-
-    void written(void* to, int64_t offset, const float* scratch, int64_t width) const {
-        if (kind == 1) narrow((BFloat16*)to + offset, scratch, width);
-#ifdef __FLT16_MANT_DIG__
-        if (kind == 2) narrow((Float16*)to + offset, scratch, width);
-#endif
-    }
-};
-
 // One token's k rows in fp32, and where their gradients are put: into memory, or over the rows.
 struct Tile {
-    const Storage storage;
+    const int64_t dtype;
     const int64_t k, width;
     const void* const* sources;
     const int64_t* strides;
@@ -131,24 +43,24 @@ struct Tile {
     std::vector<const float*> rows;
     std::vector<float*> grads;
 
-    Tile(Storage storage, int64_t k, int64_t width, const void* const* sources, const int64_t* strides)
-        : storage(storage), k(k), width(width), sources(sources), strides(strides),
-          scratch(storage.wide() ? 0 : k * width), rows(k), grads(k) {}
+    Tile(int64_t dtype, int64_t k, int64_t width, const void* const* sources, const int64_t* strides)
+        : dtype(dtype), k(k), width(width), sources(sources), strides(strides),
+          scratch(dtype == float32 ? 0 : k * width), rows(k), grads(k) {}
 
     void read(int64_t t) {
         for (int64_t i = 0; i < k; ++i)
-            rows[i] = storage.read(sources[i], t * strides[i], scratch.data() + i * width, width);
+            rows[i] = row(sources[i], dtype, t * strides[i], width, scratch.data() + i * width);
     }
 
     void write_to(void* const* into, const int64_t* into_strides, int64_t t) {
         for (int64_t i = 0; i < k; ++i)
-            grads[i] = storage.write_to(into[i], t * into_strides[i], scratch.data() + i * width);
+            grads[i] = row_to_put(into[i], dtype, t * into_strides[i], scratch.data() + i * width);
     }
 
     void written(void* const* into, const int64_t* into_strides, int64_t t) {
-        if (storage.wide()) return;
+        if (dtype == float32) return;
         for (int64_t i = 0; i < k; ++i)
-            storage.written(into[i], t * into_strides[i], scratch.data() + i * width, width);
+            put_row(into[i], dtype, t * into_strides[i], width, scratch.data() + i * width);
     }
 };
 
@@ -158,21 +70,6 @@ INLINE inline void blocks(int64_t width, F f) {
     int64_t d = 0;
     for (; d + 4 * lanes <= width; d += 4 * lanes) f(std::integral_constant<int, 4>(), d, int64_t(lanes));
     for (; d < width; d += lanes) f(std::integral_constant<int, 1>(), d, width - d < lanes ? width - d : lanes);
-}
-
-// e^x for x <= 0 (Cephes' polynomial, 1 to 2 ulp; 0 below -87).
-inline Lanes exponential(Lanes x) {
-    const Whole n = __builtin_convertvector(x * 1.44269504f - 0.5f, Whole);
-    const Lanes whole = __builtin_convertvector(n, Lanes);
-    const Lanes r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
-    Lanes p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    const Lanes value = p * (Lanes)(((Bits)n + 127u) << 23);
-    return (Lanes)((Bits)value & ~(Bits)(x < -87.0f));
 }
 
 // to[i] += the sum of the i-th vector, of four.
@@ -323,32 +220,32 @@ inline float reciprocal_rms(const float* x, int64_t width, float eps) {
     return 1.0f / std::sqrt(dot(x, x, width) / width + eps);
 }
 
-void forward(Storage storage, int64_t N, int64_t k, int64_t width, int threads, const void* const* sources,
+void forward(int64_t dtype, int64_t N, int64_t k, int64_t width, int threads, const void* const* sources,
              const int64_t* strides, const float* weight, const float* carried, const float* carried_lse,
              const float* norm_weight, float scale, float eps, float norm_eps, void* out) {
 #pragma omp parallel num_threads(threads)
     {
-        Tile tile(storage, k, width, sources, strides);
+        Tile tile(dtype, k, width, sources, strides);
         Softmax softmax(k);
-        std::vector<float> scratch(storage.wide() ? 0 : width);
+        std::vector<float> scratch(dtype == float32 ? 0 : width);
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < N; ++t) {
             tile.read(t);
             softmax.of(tile.rows.data(), k, width, weight, carried_lse ? carried_lse + t : nullptr, scale, eps);
-            float* h = storage.write_to(out, t * width, scratch.data());
+            float* h = row_to_put(out, dtype, t * width, scratch.data());
             mix(h, softmax.weights.data(), tile.rows.data(), k, softmax.carried, carried ? carried + t * width : nullptr,
                 width);
-            storage.written(out, t * width, h, width);
-            if (!norm_weight) continue;
-            h = storage.read(out, t * width, h, width);  // as it was rounded
-            const float r = reciprocal_rms(h, width, norm_eps);
-            blocks(width, [&](auto vectors, int64_t d, int64_t count) INLINE {
-                for (int l = 0; l < vectors; ++l) {
-                    const int64_t at = d + l * lanes;
-                    store(h + at, load(h + at, count) * r * load(norm_weight + at, count), count);
-                }
-            });
-            storage.written(out, t * width, h, width);
+            if (norm_weight) {
+                round_row(h, dtype, width);  // the norm reads it as it is stored without one
+                const float r = reciprocal_rms(h, width, norm_eps);
+                blocks(width, [&](auto vectors, int64_t d, int64_t count) INLINE {
+                    for (int l = 0; l < vectors; ++l) {
+                        const int64_t at = d + l * lanes;
+                        store(h + at, load(h + at, count) * r * load(norm_weight + at, count), count);
+                    }
+                });
+            }
+            put_row(out, dtype, t * width, width, h);
         }
     }
 }
@@ -366,7 +263,7 @@ inline void add_chunks(float* total, const float* part, int64_t chunks, int64_t 
 
 // h, where given, is the output of forward (without a norm), and stands for `carried`: of that, the gradients need
 // nothing but its share in h . grad_h.
-void backward(Storage storage, int64_t N, int64_t k, int64_t width, int threads, int64_t chunks, const void* grad_h,
+void backward(int64_t dtype, int64_t N, int64_t k, int64_t width, int threads, int64_t chunks, const void* grad_h,
               const void* const* sources, const int64_t* strides, const float* weight, const float* carried,
               const float* carried_lse, const void* h, const float* norm_weight, float scale, float eps, float norm_eps,
               void* const* into, const int64_t* into_strides, float* d_weight, float* d_carried, float* d_carried_lse,
@@ -376,10 +273,10 @@ void backward(Storage storage, int64_t N, int64_t k, int64_t width, int threads,
     float* norm_part = part + (weight ? chunks * width : 0);
 #pragma omp parallel num_threads(threads)
     {
-        Tile tile(storage, k, width, sources, strides);
+        Tile tile(dtype, k, width, sources, strides);
         Softmax softmax(k);
-        std::vector<float> grad(storage.wide() && !norm_weight ? 0 : width);
-        std::vector<float> given(storage.wide() ? 0 : width), mean_row(storage.wide() && !norm_weight ? 0 : width);
+        std::vector<float> grad(dtype == float32 && !norm_weight ? 0 : width);
+        std::vector<float> given(dtype == float32 ? 0 : width), mean_row(dtype == float32 && !norm_weight ? 0 : width);
         std::vector<float> found(2 * k), along_q(k), along_v(k);
 #pragma omp for schedule(static)
         for (int64_t c = 0; c < chunks; ++c) {
@@ -392,17 +289,13 @@ void backward(Storage storage, int64_t N, int64_t k, int64_t width, int threads,
                 const float* const* rows = tile.rows.data();
                 const float* lse = carried_lse ? carried_lse + t : nullptr;
                 const float* with = carried ? carried + t * width : nullptr;
-                const float* g = storage.read(grad_h, t * width, given.data(), width);
+                const float* g = row(grad_h, dtype, t * width, width, given.data());
                 float* d_alpha = found.data();
                 if (norm_weight) {
                     softmax.of(rows, k, width, weight, lse, scale, eps);
                     float* x = mean_row.data();
                     mix(x, softmax.weights.data(), rows, k, softmax.carried, with, width);
-                    if (!storage.wide()) {  // the norm read it as it was rounded
-                        uint16_t* rounded = (uint16_t*)grad.data();
-                        storage.written(rounded, 0, x, width);
-                        storage.read(rounded, 0, x, width);
-                    }
+                    round_row(x, dtype, width);  // the norm read it as it was rounded
                     Lanes product = {};
                     blocks(width, [&](auto vectors, int64_t d, int64_t count) INLINE {
                         for (int l = 0; l < vectors; ++l) {
@@ -436,7 +329,7 @@ void backward(Storage storage, int64_t N, int64_t k, int64_t width, int threads,
                 float mean = 0.0f, d_carried_alpha = 0.0f, d_logits = 0.0f;
                 if (weight || lse) {
                     if (h) {
-                        mean = dot(storage.read(h, t * width, mean_row.data(), width), g, width);
+                        mean = dot(row(h, dtype, t * width, width, mean_row.data()), g, width);
                     } else {
                         if (with) d_carried_alpha = dot(with, g, width);
                         mean = softmax.carried * d_carried_alpha;
@@ -488,12 +381,12 @@ void backward(Storage storage, int64_t N, int64_t k, int64_t width, int threads,
     if (norm_weight) add_chunks(d_norm, norm_part, chunks, width, threads);
 }
 
-void many_forward(Storage storage, int64_t N, int64_t k, int64_t Q, int64_t width, int threads,
+void many_forward(int64_t dtype, int64_t N, int64_t k, int64_t Q, int64_t width, int threads,
                   const void* const* sources, const int64_t* strides, const float* queries, float scale, float eps,
                   float* out, float* lse) {
 #pragma omp parallel num_threads(threads)
     {
-        Tile tile(storage, k, width, sources, strides);
+        Tile tile(dtype, k, width, sources, strides);
         std::vector<const float*> xs(Q);
         for (int64_t j = 0; j < Q; ++j) xs[j] = queries + j * width;
         std::vector<float> found(Q * k), r(k), logits(padded(k)), weights(padded(k));
@@ -516,14 +409,14 @@ void many_forward(Storage storage, int64_t N, int64_t k, int64_t Q, int64_t widt
     }
 }
 
-void many_backward(Storage storage, int64_t N, int64_t k, int64_t Q, int64_t width, int threads, int64_t chunks,
+void many_backward(int64_t dtype, int64_t N, int64_t k, int64_t Q, int64_t width, int threads, int64_t chunks,
                    const float* const* grad_out, const float* grad_lse, const void* const* sources,
                    const int64_t* strides, const float* queries, float scale, float eps, void* const* into,
                    const int64_t* into_strides, float* d_queries, float* part) {
     const int64_t size = (N + chunks - 1) / chunks;
 #pragma omp parallel num_threads(threads)
     {
-        Tile tile(storage, k, width, sources, strides);
+        Tile tile(dtype, k, width, sources, strides);
         std::vector<const float*> xs(2 * Q);
         for (int64_t j = 0; j < Q; ++j) xs[j] = queries + j * width;
         // Of a pair of query and source: w, the weight; along_q, the gradient's part along the query.
@@ -591,42 +484,33 @@ void many_backward(Storage storage, int64_t N, int64_t k, int64_t Q, int64_t wid
 
 extern "C" {
 
-// Whether the compiler knew fp16.
-int pool_takes_half() {
-#ifdef __FLT16_MANT_DIG__
-    return 1;
-#else
-    return 0;
-#endif
-}
-
-void pool_forward(int64_t storage, int64_t N, int64_t k, int64_t width, int64_t threads, const void* const* sources,
+void pool_forward(int64_t dtype, int64_t N, int64_t k, int64_t width, int64_t threads, const void* const* sources,
                   const int64_t* strides, const float* weight, const float* carried, const float* carried_lse,
                   const float* norm_weight, double scale, double eps, double norm_eps, void* out) {
-    forward({storage}, N, k, width, threads, sources, strides, weight, carried, carried_lse, norm_weight, scale, eps,
+    forward(dtype, N, k, width, threads, sources, strides, weight, carried, carried_lse, norm_weight, scale, eps,
             norm_eps, out);
 }
 
-void pool_backward(int64_t storage, int64_t N, int64_t k, int64_t width, int64_t threads, int64_t chunks,
+void pool_backward(int64_t dtype, int64_t N, int64_t k, int64_t width, int64_t threads, int64_t chunks,
                    const void* grad_h, const void* const* sources, const int64_t* strides, const float* weight,
                    const float* carried, const float* carried_lse, const void* h, const float* norm_weight, double scale,
                    double eps, double norm_eps, void* const* into, const int64_t* into_strides, float* d_weight,
                    float* d_carried, float* d_carried_lse, float* d_norm, float* part) {
-    backward({storage}, N, k, width, threads, chunks, grad_h, sources, strides, weight, carried, carried_lse, h,
+    backward(dtype, N, k, width, threads, chunks, grad_h, sources, strides, weight, carried, carried_lse, h,
              norm_weight, scale, eps, norm_eps, into, into_strides, d_weight, d_carried, d_carried_lse, d_norm, part);
 }
 
-void pool_many_forward(int64_t storage, int64_t N, int64_t k, int64_t Q, int64_t width, int64_t threads,
+void pool_many_forward(int64_t dtype, int64_t N, int64_t k, int64_t Q, int64_t width, int64_t threads,
                        const void* const* sources, const int64_t* strides, const float* queries, double scale,
                        double eps, float* out, float* lse) {
-    many_forward({storage}, N, k, Q, width, threads, sources, strides, queries, scale, eps, out, lse);
+    many_forward(dtype, N, k, Q, width, threads, sources, strides, queries, scale, eps, out, lse);
 }
 
-void pool_many_backward(int64_t storage, int64_t N, int64_t k, int64_t Q, int64_t width, int64_t threads, int64_t chunks,
+void pool_many_backward(int64_t dtype, int64_t N, int64_t k, int64_t Q, int64_t width, int64_t threads, int64_t chunks,
                         const float* const* grad_out, const float* grad_lse, const void* const* sources,
                         const int64_t* strides, const float* queries, double scale, double eps, void* const* into,
                         const int64_t* into_strides, float* d_queries, float* part) {
-    many_backward({storage}, N, k, Q, width, threads, chunks, grad_out, grad_lse, sources, strides, queries, scale, eps,
+    many_backward(dtype, N, k, Q, width, threads, chunks, grad_out, grad_lse, sources, strides, queries, scale, eps,
                   into, into_strides, d_queries, part);
 }
 }

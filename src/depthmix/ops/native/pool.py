@@ -3,32 +3,22 @@
 Here a source may also be contiguous of any leading shape, and results have that of the first.
 """
 
-import functools
 import math
 
 import torch
 from torch import Tensor
 
-from . import _load, available, call
+from . import call
+from .storage import DTYPES, fp32, storable
 
-STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SMALLEST_CHUNK, MOST_CHUNKS = 32, 256
 """Tokens whose part of a parameter's gradient is summed by itself, and the number of such sums: of the size of
 the problem alone, so that any number of threads gives the same bits."""
 
 
-@functools.cache
-def _takes_half() -> bool:
-    return bool(_load()[0].pool_takes_half())
-
-
 def usable(x: Tensor) -> bool:
     """Whether these kernels take tensors like ``x``."""
-    return x.is_cpu and x.dtype in STORAGE and available() and (x.dtype is not torch.float16 or _takes_half())
-
-
-def _fp32(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.detach().to(torch.float32).contiguous()
+    return storable(x)
 
 
 def _strides(rows: list[Tensor]) -> list[int]:
@@ -42,15 +32,15 @@ def _chunks(N: int) -> int:
 
 def _shape(sources: list[Tensor]) -> tuple[int, int, int, int]:
     *leading, width = sources[0].shape
-    return STORAGE[sources[0].dtype], math.prod(leading), len(sources), width
+    return DTYPES[sources[0].dtype], math.prod(leading), len(sources), width
 
 
 def pool_forward(sources, weight, carried, carried_lse, norm_weight, scale, eps, norm_eps):
-    storage, N, k, width = _shape(sources)
+    dtype, N, k, width = _shape(sources)
     out = torch.empty(sources[0].shape, dtype=sources[0].dtype)
-    weight, norm_weight = _fp32(weight), _fp32(norm_weight)
+    weight, norm_weight = fp32(weight), fp32(norm_weight)
     call(
-        "pool_forward", storage, N, k, width, torch.get_num_threads(), sources, _strides(sources), weight, carried,
+        "pool_forward", dtype, N, k, width, torch.get_num_threads(), sources, _strides(sources), weight, carried,
         carried_lse, norm_weight, float(scale), float(eps), float(norm_eps), out,
     )  # fmt: skip
     return out
@@ -59,9 +49,9 @@ def pool_forward(sources, weight, carried, carried_lse, norm_weight, scale, eps,
 def pool_backward(
     grad_h, sources, weight, carried, carried_lse, norm_weight, scale, eps, norm_eps, into, h=None
 ):
-    storage, N, k, width = _shape(sources)
+    dtype, N, k, width = _shape(sources)
     chunks = _chunks(N)
-    w, g = _fp32(weight), _fp32(norm_weight)
+    w, g = fp32(weight), fp32(norm_weight)
     given = (weight is not None) + (norm_weight is not None)
     part = torch.empty(given * chunks * width)
     d_weight, d_norm = (None if x is None else torch.empty(width) for x in (w, g))
@@ -69,7 +59,7 @@ def pool_backward(
     if carried_lse is not None:
         d_carried, d_lse = torch.empty(sources[0].shape), torch.empty(sources[0].shape[:-1])
     call(
-        "pool_backward", storage, N, k, width, torch.get_num_threads(), chunks, grad_h, sources, _strides(sources), w,
+        "pool_backward", dtype, N, k, width, torch.get_num_threads(), chunks, grad_h, sources, _strides(sources), w,
         carried, carried_lse, h, g, float(scale), float(eps), float(norm_eps), into, _strides(into), d_weight,
         d_carried, d_lse, d_norm, part,
     )  # fmt: skip
@@ -82,25 +72,25 @@ def pool_backward(
 
 
 def pool_many_forward(sources, queries, scale, eps):
-    storage, N, k, width = _shape(sources)
+    dtype, N, k, width = _shape(sources)
     Q = len(queries)
     first = sources[0].shape
     out, lse = torch.empty(Q, *first), torch.empty(Q, *first[:-1])
-    queries = _fp32(queries)
+    queries = fp32(queries)
     call(
-        "pool_many_forward", storage, N, k, Q, width, torch.get_num_threads(), sources, _strides(sources), queries,
+        "pool_many_forward", dtype, N, k, Q, width, torch.get_num_threads(), sources, _strides(sources), queries,
         float(scale), float(eps), out, lse,
     )  # fmt: skip
     return out, lse
 
 
 def pool_many_backward(grad_out, grad_lse, sources, queries, out, lse, scale, eps, into):
-    storage, N, k, width = _shape(sources)
+    dtype, N, k, width = _shape(sources)
     chunks, Q = _chunks(N), len(queries)
     part, d_queries = torch.empty(chunks * Q * width), torch.empty(Q, width)
-    q = _fp32(queries)
+    q = fp32(queries)
     call(
-        "pool_many_backward", storage, N, k, Q, width, torch.get_num_threads(), chunks, list(grad_out), grad_lse,
+        "pool_many_backward", dtype, N, k, Q, width, torch.get_num_threads(), chunks, list(grad_out), grad_lse,
         sources, _strides(sources), q, float(scale), float(eps), into, _strides(into), d_queries, part,
     )  # fmt: skip
     return d_queries.to(queries.dtype)

@@ -15,7 +15,6 @@
 
 namespace {
 
-typedef uint32_t Words __attribute__((vector_size(64)));
 typedef uint16_t HalfWords __attribute__((vector_size(32)));
 
 struct BFloat16 {
@@ -167,19 +166,37 @@ inline void copy_row(float* to, const T* from, int64_t width) {
     sweep<1>(0, width, [&](int64_t d, auto block) { store(to + d, load(from + d, block, 0), block, 0); });
 }
 
-// Row t of [N, width] as fp32: where it lies, or in `scratch`.
-inline const float* row(const void* rows, int64_t dtype, int64_t t, int64_t width, float* scratch) {
-    if (dtype == float32) return static_cast<const float*>(rows) + t * width;
-    if (dtype == bfloat16) copy_row(scratch, static_cast<const BFloat16*>(rows) + t * width, width);
+// `width` numbers from `offset` on as fp32: where they lie, or in `scratch`.
+inline const float* row(const void* rows, int64_t dtype, int64_t offset, int64_t width, float* scratch) {
+    if (dtype == float32) return static_cast<const float*>(rows) + offset;
+    if (dtype == bfloat16) copy_row(scratch, static_cast<const BFloat16*>(rows) + offset, width);
 #if HAS_HALF
-    if (dtype == float16) copy_row(scratch, static_cast<const Half*>(rows) + t * width, width);
+    if (dtype == float16) copy_row(scratch, static_cast<const Half*>(rows) + offset, width);
 #endif
     return scratch;
 }
-inline void put_row(void* rows, int64_t dtype, int64_t t, int64_t width, const float* from) {
-    if (dtype == bfloat16) copy_row(static_cast<BFloat16*>(rows) + t * width, from, width);
+
+// Where to compute what put_row then stores: in place, or in `scratch`.
+inline float* row_to_put(void* rows, int64_t dtype, int64_t offset, float* scratch) {
+    return dtype == float32 ? static_cast<float*>(rows) + offset : scratch;
+}
+inline void put_row(void* rows, int64_t dtype, int64_t offset, int64_t width, const float* from) {
+    if (dtype == bfloat16) copy_row(static_cast<BFloat16*>(rows) + offset, from, width);
 #if HAS_HALF
-    if (dtype == float16) copy_row(static_cast<Half*>(rows) + t * width, from, width);
+    if (dtype == float16) copy_row(static_cast<Half*>(rows) + offset, from, width);
+#endif
+}
+
+// As it would be read again once it is stored.
+template <class T>
+inline void round_row(float* x, int64_t width) {
+    constexpr const T* as = nullptr;
+    sweep<1>(0, width, [&](int64_t d, auto block) { store(x + d, rounded(load(x + d, block, 0), as), block, 0); });
+}
+inline void round_row(float* x, int64_t dtype, int64_t width) {
+    if (dtype == bfloat16) round_row<BFloat16>(x, width);
+#if HAS_HALF
+    if (dtype == float16) round_row<Half>(x, width);
 #endif
 }
 

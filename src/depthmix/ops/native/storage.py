@@ -1,0 +1,31 @@
+"""Storage as ``storage.h`` knows it: fp32, bf16 and, where the compiler knows it, fp16, computed with in fp32."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from . import _load, available
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""The number of each dtype in the sources."""
+
+
+@functools.cache
+def _has_half() -> bool:
+    return bool(_load()[0].has_half())
+
+
+def storable(*tensors: Tensor | None) -> bool:
+    """Whether kernels that read and write through ``storage.h`` can take these."""
+    given = [x for x in tensors if x is not None]
+    return (
+        all(x.is_cpu and x.dtype in DTYPES for x in given)
+        and available()
+        and (_has_half() or all(x.dtype is not torch.float16 for x in given))
+    )
+
+
+def fp32(x: Tensor | None) -> Tensor | None:
+    """A parameter as the kernels read it: few numbers, contiguous."""
+    return None if x is None else x.detach().to(torch.float32).contiguous()
