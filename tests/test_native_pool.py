@@ -54,7 +54,7 @@ def pooled(module, sources, weight, carried, lse, norm_weight, grad, h=None):
 def pooled_many(module, sources, queries, grad_out, grad_lse):
     out, lse = module.pool_many_forward(sources, queries, 0.6, 1e-6)
     into = [torch.full(v.shape, torch.nan, dtype=v.dtype) for v in sources]
-    d = module.pool_many_backward(grad_out, grad_lse, sources, queries, lse, 0.6, 1e-6, into)
+    d = module.pool_many_backward(list(grad_out), grad_lse, sources, queries, lse, 0.6, 1e-6, into)
     return [out, lse, *into, d]
 
 

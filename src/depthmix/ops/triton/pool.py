@@ -517,12 +517,12 @@ def pool_backward(
 
 
 @triton.jit
-def _rows_of(tensors, stride, row, o_q):
-    """Pointers ``[Q2]`` to a row of each of a tuple of tensors; those of the last past their end."""
-    p_rows = (o_q * 0).to(tl.int64) + row * stride + tensors[len(tensors) - 1]
+def _chosen(tensors, o_q):
+    """Pointers ``[Q2]`` to tensors of a tuple; past its end to the last."""
+    p_q = tensors[len(tensors) - 1] + o_q * 0
     for q in tl.static_range(len(tensors) - 1):
-        p_rows = tl.where(o_q == q, tensors[q] + row * stride, p_rows)
-    return p_rows
+        p_q = tl.where(o_q == q, tensors[q], p_q)
+    return p_q
 
 
 @triton.jit
@@ -536,14 +536,15 @@ def _scores_kernel(
     b_square = tl.zeros([K2], tl.float32)
     b_dot = tl.zeros([K2, Q2], tl.float32)
     b_grad = tl.zeros([K2, Q2], tl.float32)
+    if grads is not None:
+        p_q = _chosen(grads, o_q) + row * grad_stride
     for start in range(0, D, BLOCK):
         o_d = start + tl.arange(0, BLOCK)
         m_qd = (o_q < Q)[:, None] & (o_d < D)[None, :]
         o_qd = o_q[:, None].to(tl.int64) * D + o_d[None, :]
         b_q = tl.load(queries + o_qd, mask=m_qd, other=0.0).to(tl.float32)  # [Q2, BLOCK]
         if grads is not None:
-            p_g = _rows_of(grads, grad_stride, row, o_q)[:, None] + o_d[None, :]
-            b_g = tl.load(p_g, mask=m_qd, other=0.0).to(tl.float32)  # [Q2, BLOCK]
+            b_g = tl.load(p_q[:, None] + o_d[None, :], mask=m_qd, other=0.0).to(tl.float32)  # [Q2, BLOCK]
         for i in tl.static_range(len(sources)):
             b_v = tl.load(sources[i] + row * strides[i] + o_d, mask=o_d < D, other=0.0).to(tl.float32)
             b_square += tl.where(o_k == i, tl.sum(b_v * b_v, 0), 0.0)
@@ -599,8 +600,9 @@ def _gradients_kernel(
     o_qd = o_q[:, None].to(tl.int64) * D + o_d[None, :]
     b_q = tl.load(queries + o_qd, mask=m_qd, other=0.0).to(tl.float32)  # [Q2, BLOCK]
     b_dq = tl.zeros([Q2, BLOCK], tl.float32)
+    p_q = _chosen(grads, o_q)
     for row in range(program, N, tl.num_programs(0)):
-        p_g = _rows_of(grads, grad_stride, row, o_q)[:, None] + o_d[None, :]
+        p_g = (p_q + row * grad_stride)[:, None] + o_d[None, :]
         b_g = tl.load(p_g, mask=m_qd, other=0.0).to(tl.float32)  # [Q2, BLOCK]
         for i in tl.static_range(len(sources)):
             b_v = tl.load(sources[i] + row * strides[i] + o_d, mask=m_d, other=0.0).to(tl.float32)
