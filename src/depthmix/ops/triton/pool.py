@@ -517,17 +517,21 @@ def pool_backward(
 
 
 @triton.jit
-def _chosen(tensors, o_q):
+def _chosen(tensors, o_q, ALIGNED: tl.constexpr):
     """Pointers ``[Q2]`` to tensors of a tuple; past its end to the last."""
     p_q = tensors[len(tensors) - 1] + o_q * 0
     for q in tl.static_range(len(tensors) - 1):
         p_q = tl.where(o_q == q, tensors[q], p_q)
+    if (
+        ALIGNED
+    ):  # a choice between aligned pointers does not count as aligned, and would be read number by number
+        p_q = tl.multiple_of(p_q, [16])
     return p_q
 
 
 @triton.jit
 def _scores_kernel(
-    sources, strides, queries, grads, grad_stride, r, dots, grad_dots, N, Q, eps,
+    sources, strides, queries, grads, grad_stride, ALIGNED: tl.constexpr, r, dots, grad_dots, N, Q, eps,
     D: tl.constexpr, BLOCK: tl.constexpr, Q2: tl.constexpr, K2: tl.constexpr,
 ):  # fmt: skip
     """For one token: ``r [k]``, ``v_i . q`` and, with ``grads``, Q of ``[N, D]``, ``v_i . grad`` ``[k, Q]``."""
@@ -537,7 +541,7 @@ def _scores_kernel(
     b_dot = tl.zeros([K2, Q2], tl.float32)
     b_grad = tl.zeros([K2, Q2], tl.float32)
     if grads is not None:
-        p_q = _chosen(grads, o_q) + row * grad_stride
+        p_q = _chosen(grads, o_q, ALIGNED) + row * grad_stride
     for start in range(0, D, BLOCK):
         o_d = start + tl.arange(0, BLOCK)
         m_qd = (o_q < Q)[:, None] & (o_d < D)[None, :]
@@ -586,7 +590,8 @@ def _mix_kernel(
 
 @triton.jit
 def _gradients_kernel(
-    sources, strides, into, into_strides, queries, grads, grad_stride, alpha, along_q, along_v, d_queries, N, Q,
+    sources, strides, into, into_strides, queries, grads, grad_stride, ALIGNED: tl.constexpr,
+    alpha, along_q, along_v, d_queries, N, Q,
     D: tl.constexpr, BLOCK: tl.constexpr, Q2: tl.constexpr,
 ):  # fmt: skip
     """``d v_i = sum_q alpha[i, q] grad_q + along_q[i, q] q + along_v[i] v_i`` for ``BLOCK`` features.
@@ -600,7 +605,7 @@ def _gradients_kernel(
     o_qd = o_q[:, None].to(tl.int64) * D + o_d[None, :]
     b_q = tl.load(queries + o_qd, mask=m_qd, other=0.0).to(tl.float32)  # [Q2, BLOCK]
     b_dq = tl.zeros([Q2, BLOCK], tl.float32)
-    p_q = _chosen(grads, o_q)
+    p_q = _chosen(grads, o_q, ALIGNED)
     for row in range(program, N, tl.num_programs(0)):
         p_g = (p_q + row * grad_stride)[:, None] + o_d[None, :]
         b_g = tl.load(p_g, mask=m_qd, other=0.0).to(tl.float32)  # [Q2, BLOCK]
@@ -651,13 +656,13 @@ def _scores(sources, queries, grads, scale, eps):
     return r, torch.where(r == 0, 0.0, dots * r * scale), grad_dots
 
 
-def _alike(grads: list[Tensor] | None) -> tuple[tuple[Tensor, ...] | None, int]:
-    """Tensors ``[N, D]`` and the row stride that all of them have."""
+def _alike(grads: list[Tensor] | None) -> tuple[tuple[Tensor, ...] | None, int, bool]:
+    """Tensors ``[N, D]``, the row stride that all of them have, and whether all start at a multiple of 16 bytes."""
     if grads is None:
-        return None, 0
+        return None, 0, False
     if len({g.stride() for g in grads}) > 1 or grads[0].stride(1) != 1:
         grads = [g.contiguous() for g in grads]
-    return tuple(grads), grads[0].stride(0)
+    return tuple(grads), grads[0].stride(0), all(g.data_ptr() % 16 == 0 for g in grads)
 
 
 def _separate(rows: list[Tensor]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
