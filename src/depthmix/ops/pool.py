@@ -148,14 +148,9 @@ def _pool_backward(
     kernels, first = _kernels(sources[0]), sources[0]
     rows, h, carried, lse = _rows(sources, kernels), _whole(h), _whole(carried), _flat(carried_lse)
     gradients = [_empty(v) for v in sources]
-    arguments = [
-        _whole(grad_h), rows, weight, carried, lse, norm_weight, scale, eps, norm_eps, _rows(gradients, kernels)
-    ]  # fmt: skip
-    if h is not None and kernels in (native, pool_eager):
-        arguments.append(h)
-    elif h is not None:
-        arguments[3] = pool_eager.carried_of(h, rows, weight, lse, scale, eps)
-    d_weight, d_carried, d_lse, d_norm = kernels.pool_backward(*arguments)
+    d_weight, d_carried, d_lse, d_norm = kernels.pool_backward(
+        _whole(grad_h), rows, weight, carried, lse, norm_weight, scale, eps, norm_eps, _rows(gradients, kernels), h
+    )  # fmt: skip
     if carried_lse is not None:
         d_carried, d_lse = d_carried.view(first.shape), d_lse.view(carried_lse.shape)
     return [*gradients, *_present(d_weight, d_carried, d_lse, d_norm)]
@@ -294,12 +289,9 @@ def _many_backward(grad_out, grad_lse, sources, weights, lse, scale, eps) -> tup
     kernels, Q = _kernels(sources[0]), len(weights)
     rows, weights = _rows(sources, kernels), weights.contiguous()
     grad_out, grad_lse, lse = [_whole(g) for g in grad_out], grad_lse.reshape(Q, -1), lse.reshape(Q, -1)
-    out = None
-    if kernels not in (native, pool_eager):
-        grad_out, out = torch.stack(grad_out), kernels.pool_many_forward(rows, weights, scale, eps)[0]
     gradients = [_empty(v) for v in sources]
     d_weights = kernels.pool_many_backward(
-        grad_out, grad_lse.contiguous(), rows, weights, out, lse, scale, eps, _rows(gradients, kernels)
+        grad_out, grad_lse.contiguous(), rows, weights, lse, scale, eps, _rows(gradients, kernels)
     )
     return gradients, d_weights
 

@@ -155,20 +155,6 @@ def pool_backward(
     return d_weight, d_carried, d_lse, d_norm
 
 
-def carried_of(
-    h: Tensor, sources: list[Tensor], weight: Tensor | None, lse: Tensor, scale: float, eps: float
-) -> Tensor:
-    """``carried [N, D]``, of which :func:`pool_forward` made ``h``; only its product with its share is accurate."""
-    dtype = compute_dtype(h.dtype)
-    with _plain(h.device):
-        values = [v.to(dtype) for v in sources]
-        alpha, share = _softmax(_scores(values, _to(weight, dtype), scale, eps)[0], lse)
-        rest = h.to(dtype).clone()
-        for weight_of, v in zip(alpha.unsqueeze(-1), values, strict=True):
-            rest.addcmul_(weight_of, v, value=-1)
-        return rest.div_(share.unsqueeze(-1)).masked_fill_((share == 0).unsqueeze(-1), 0.0)
-
-
 def pool_many_forward(
     sources: list[Tensor], queries: Tensor, scale: float, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -186,7 +172,6 @@ def pool_many_backward(
     grad_lse: Tensor,
     sources: list[Tensor],
     queries: Tensor,
-    out: Tensor | None,
     lse: Tensor,
     scale: float,
     eps: float,
@@ -194,7 +179,7 @@ def pool_many_backward(
 ) -> Tensor:
     """The gradient of ``queries``; those of the sources are written into ``into``.
 
-    ``grad_out``: Q tensors ``[N, D]``, or one. ``out`` is not needed.
+    ``grad_out``: Q tensors ``[N, D]``.
     """
     dtype, width = compute_dtype(sources[0].dtype), sources[0].shape[-1]
     with _plain(sources[0].device):

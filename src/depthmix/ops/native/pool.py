@@ -84,13 +84,13 @@ def pool_many_forward(sources, queries, scale, eps):
     return out, lse
 
 
-def pool_many_backward(grad_out, grad_lse, sources, queries, out, lse, scale, eps, into):
+def pool_many_backward(grad_out, grad_lse, sources, queries, lse, scale, eps, into):
     dtype, N, k, width = _shape(sources)
     chunks, Q = _chunks(N), len(queries)
     part, d_queries = torch.empty(chunks * Q * width), torch.empty(Q, width)
     q = fp32(queries)
     call(
-        "pool_many_backward", dtype, N, k, Q, width, torch.get_num_threads(), chunks, list(grad_out), grad_lse,
+        "pool_many_backward", dtype, N, k, Q, width, torch.get_num_threads(), chunks, grad_out, grad_lse,
         sources, _strides(sources), q, float(scale), float(eps), into, _strides(into), d_queries, part,
     )  # fmt: skip
     return d_queries.to(queries.dtype)

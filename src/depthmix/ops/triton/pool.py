@@ -23,8 +23,10 @@ backward
     One launch. First the three dot products of every source, with :math:`v_i`, w and :math:`\partial h`; then the
     k gradients. The sources of a single group of a token stay in registers in between; of more the same program reads
     them again a few microseconds later, from the cache. From memory k + 1 reads and k writes.
-    With an output norm the mixture is recomputed in between. Programs are persistent: each adds up the parameter
-    gradients of its own tokens, in their order, and the rows they leave are summed in order.
+    With an output norm the mixture is recomputed in between. Of what was carried only :math:`\delta` needs more
+    than its weight, and :math:`\delta = h \cdot \partial h`: without a norm h may be given in its place, and as a
+    softmax's gradients add up to zero, that of the log-sum-exp is :math:`-\sum_i g_i`. Programs are persistent: each
+    adds up the parameter gradients of its own tokens, in their order, and the rows they leave are summed in order.
 several queries
     Q readers of the same sources. Where a token's sources fit, they are read once, kept, and mixed for one query
     after another. Otherwise in two launches: all scores, then all mixtures, each reading the sources once.
@@ -87,11 +89,8 @@ def plan(kernel: str, width: int, k: int, itemsize: int) -> Launch | None:
     """Launch of ``"forward"``, ``"backward"`` or ``"many"`` for ``k`` rows of ``width``; ``None``: in tiles.
 
     Reasoned from the registers of an H100: 64 Ki of 32 bits for each multiprocessor, 255 at most for a thread,
-    1024 threads at most in a program. Let a thread hold E numbers of a row.
-
-    Reasoned from the registers of an H100: 64 Ki of 32 bits for each multiprocessor, 255 at most for a thread. Let a
-    thread hold E numbers of a row. What the compiler takes was looked up (Triton 3.6 for sm_90, 16-bit sources; no
-    launch below spills); no GPU was at hand to time it.
+    1024 threads at most in a program. Let a thread hold E numbers of a row. What the compiler takes was looked up
+    (Triton 3.6 for sm_90, 16-bit sources; no launch below spills); no GPU was at hand to time it.
 
     forward: mixture, weight and the group's rows: some (2 + G) E. One warp up to D = 1280 (E = 40, G = 4, 160 to 200
     registers) sums without a barrier, and ten such programs have 100 KiB on their way; 24 KiB hide the latency of
@@ -361,14 +360,14 @@ def _entry(vector, o_k, i):
 
 @triton.jit
 def _backward_kernel(
-    grad_h, grad_stride, sources, strides, into, into_strides, k, weight, carried, carried_lse, norm_weight,
+    grad_h, grad_stride, sources, strides, into, into_strides, k, weight, carried, carried_lse, h, norm_weight,
     d_weight, d_carried, d_carried_lse, d_norm_weight, N, scale, eps, norm_eps,
     G: tl.constexpr, K2: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, SUB: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     GROUPS: tl.constexpr = len(sources) // G
     # Without scores the weights are constants, and nobody asks how good a source was.
-    SCORED: tl.constexpr = weight is not None or carried is not None
+    SCORED: tl.constexpr = weight is not None or carried_lse is not None
     o_k = tl.arange(0, K2)
     if weight is not None:
         b_w = _fp32(_load(weight, 0, D, BLOCK, SUB), SUB)
@@ -379,6 +378,8 @@ def _backward_kernel(
         b_g = _fp32(_load(grad_h, row * grad_stride, D, BLOCK, SUB), SUB)
         if GROUPS == 1:
             b_group = _load_group(sources, strides, row, 0, k, G, D, BLOCK, SUB)
+        if h is not None:
+            b_delta = _dot(_fp32(_load(h, row * D, D, BLOCK, SUB), SUB), b_g, SUB)
 
         # [K2] each: scores, r, and the dot products of the sources with the gradient of the mixture.
         b_a = tl.zeros([K2], tl.float32)
@@ -399,14 +400,15 @@ def _backward_kernel(
 
         b_top = tl.where(o_k < k, b_a, float("-inf"))
         b_m = tl.max(b_top, 0)
-        if carried is not None:
+        if carried_lse is not None:
             b_m = tl.maximum(b_m, tl.load(carried_lse + row))
         b_alpha = tl.exp(b_top - b_m)
         b_l = tl.sum(b_alpha, 0)
-        if carried is not None:
+        if carried_lse is not None:
             b_alpha_c = tl.exp(tl.load(carried_lse + row) - b_m)
             b_l += b_alpha_c
             b_alpha_c = b_alpha_c / b_l
+        if carried is not None:
             b_c = _load(carried, row * D, D, BLOCK, SUB)
         b_alpha = b_alpha / b_l
 
@@ -434,15 +436,19 @@ def _backward_kernel(
                     for s in tl.static_range(G):
                         b_d = tl.where(o_k == g * G + s, _dot(_fp32(b_group[s], SUB), b_g, SUB), b_d)
 
-        b_delta = tl.sum(b_alpha * b_d, 0)
-        if carried is not None:
-            b_dc = _dot(b_c, b_g, SUB)
-            b_delta += b_alpha_c * b_dc
-            tl.store(d_carried_lse + row, b_alpha_c * (b_dc - b_delta))
+        if h is None:
+            b_delta = tl.sum(b_alpha * b_d, 0)
+            if carried is not None:
+                b_dc = _dot(b_c, b_g, SUB)
+                b_delta += b_alpha_c * b_dc
+                tl.store(d_carried_lse + row, b_alpha_c * (b_dc - b_delta))
+        b_da = b_alpha * (b_d - b_delta)
+        if h is not None:
+            tl.store(d_carried_lse + row, -tl.sum(b_da, 0))
+        if carried_lse is not None:
             _store(d_carried, row * D, _plus(_zeros(BLOCK, SUB), b_alpha_c, b_g, SUB), D, BLOCK, SUB)
 
         # What each source's gradient has of w and of the source itself.  [K2]
-        b_da = b_alpha * (b_d - b_delta)
         b_along_w = b_da * b_r * scale
         b_along_v = b_da * b_a * b_r * b_r / -D
         for g in range(GROUPS):
@@ -466,26 +472,29 @@ def _backward_kernel(
 
 
 def pool_backward(
-    grad_h, sources, weight, carried, carried_lse, norm_weight, scale, eps, norm_eps, into
+    grad_h, sources, weight, carried, carried_lse, norm_weight, scale, eps, norm_eps, into, h=None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """``(d_weight, d_carried, d_carried_lse, d_norm_weight)``, ``None`` where the input is.
 
     ``grad_h [N, D]``; the rest as for :func:`pool_forward`. The sources' gradients are written into ``into``, k
-    tensors ``[N, D]`` of any row stride.
+    tensors ``[N, D]`` of any row stride. ``h [N, D]``, the result of :func:`pool_forward` without a norm, may be given
+    in place of ``carried``.
     """
     first = sources[0]
     tokens, width = first.shape
     if width > 1 and grad_h.stride(-1) != 1:
         grad_h = grad_h.contiguous()
-    d_carried = None if carried is None else torch.empty_like(carried)
-    d_carried_lse = None if carried is None else torch.empty_like(carried_lse)
+    d_carried = d_carried_lse = None
+    if carried_lse is not None:
+        d_carried = torch.empty((tokens, width), dtype=torch.float32, device=first.device)
+        d_carried_lse = torch.empty(tokens, dtype=torch.float32, device=first.device)
     if tokens == 0:
         d_weight, d_norm = (None if w is None else torch.zeros_like(w) for w in (weight, norm_weight))
         return d_weight, d_carried, d_carried_lse, d_norm
     launch = plan("backward", width, len(sources), first.element_size())
     if launch is None:
         return _tiled_backward(
-            grad_h, sources, weight, carried, carried_lse, norm_weight, scale, eps, norm_eps, into
+            grad_h, sources, weight, carried, carried_lse, norm_weight, scale, eps, norm_eps, into, h
         )
     programs = _programs(first.device, launch.warps, tokens)
     part_weight, part_norm = (
@@ -494,7 +503,7 @@ def pool_backward(
     )
     _backward_kernel[(programs,)](
         grad_h, grad_h.stride(0), *_pointers(sources, launch.group), *_pointers(into, launch.group), len(sources),
-        weight, carried, carried_lse, norm_weight, part_weight, d_carried, d_carried_lse, part_norm,
+        weight, carried, carried_lse, h, norm_weight, part_weight, d_carried, d_carried_lse, part_norm,
         tokens, scale, eps, norm_eps,
         G=launch.group, K2=triton.next_power_of_2(len(sources)), D=width, BLOCK=launch.block, SUB=launch.sub,
         num_warps=launch.warps,
@@ -508,24 +517,38 @@ def pool_backward(
 
 
 @triton.jit
+def _chosen(tensors, o_q, ALIGNED: tl.constexpr):
+    """Pointers ``[Q2]`` to tensors of a tuple; past its end to the last."""
+    p_q = tensors[len(tensors) - 1] + o_q * 0
+    for q in tl.static_range(len(tensors) - 1):
+        p_q = tl.where(o_q == q, tensors[q], p_q)
+    if (
+        ALIGNED
+    ):  # a choice between aligned pointers does not count as aligned, and would be read number by number
+        p_q = tl.multiple_of(p_q, [16])
+    return p_q
+
+
+@triton.jit
 def _scores_kernel(
-    sources, strides, queries, grads, grad_stride_q, grad_stride, r, dots, grad_dots, N, Q, eps,
+    sources, strides, queries, grads, grad_stride, ALIGNED: tl.constexpr, r, dots, grad_dots, N, Q, eps,
     D: tl.constexpr, BLOCK: tl.constexpr, Q2: tl.constexpr, K2: tl.constexpr,
 ):  # fmt: skip
-    """For one token: ``r [k]``, ``v_i . q`` and, with ``grads [Q, N, D]``, ``v_i . grad`` ``[k, Q]``."""
+    """For one token: ``r [k]``, ``v_i . q`` and, with ``grads``, Q of ``[N, D]``, ``v_i . grad`` ``[k, Q]``."""
     row = tl.program_id(0).to(tl.int64)
     o_q, o_k = tl.program_id(1) * Q2 + tl.arange(0, Q2), tl.arange(0, K2)
     b_square = tl.zeros([K2], tl.float32)
     b_dot = tl.zeros([K2, Q2], tl.float32)
     b_grad = tl.zeros([K2, Q2], tl.float32)
+    if grads is not None:
+        p_q = _chosen(grads, o_q, ALIGNED) + row * grad_stride
     for start in range(0, D, BLOCK):
         o_d = start + tl.arange(0, BLOCK)
         m_qd = (o_q < Q)[:, None] & (o_d < D)[None, :]
         o_qd = o_q[:, None].to(tl.int64) * D + o_d[None, :]
         b_q = tl.load(queries + o_qd, mask=m_qd, other=0.0).to(tl.float32)  # [Q2, BLOCK]
         if grads is not None:
-            p_g = grads + row * grad_stride + o_q[:, None].to(tl.int64) * grad_stride_q + o_d[None, :]
-            b_g = tl.load(p_g, mask=m_qd, other=0.0).to(tl.float32)  # [Q2, BLOCK]
+            b_g = tl.load(p_q[:, None] + o_d[None, :], mask=m_qd, other=0.0).to(tl.float32)  # [Q2, BLOCK]
         for i in tl.static_range(len(sources)):
             b_v = tl.load(sources[i] + row * strides[i] + o_d, mask=o_d < D, other=0.0).to(tl.float32)
             b_square += tl.where(o_k == i, tl.sum(b_v * b_v, 0), 0.0)
@@ -567,7 +590,7 @@ def _mix_kernel(
 
 @triton.jit
 def _gradients_kernel(
-    sources, strides, into, into_strides, queries, grads, grad_stride_q, grad_stride,
+    sources, strides, into, into_strides, queries, grads, grad_stride, ALIGNED: tl.constexpr,
     alpha, along_q, along_v, d_queries, N, Q,
     D: tl.constexpr, BLOCK: tl.constexpr, Q2: tl.constexpr,
 ):  # fmt: skip
@@ -582,8 +605,9 @@ def _gradients_kernel(
     o_qd = o_q[:, None].to(tl.int64) * D + o_d[None, :]
     b_q = tl.load(queries + o_qd, mask=m_qd, other=0.0).to(tl.float32)  # [Q2, BLOCK]
     b_dq = tl.zeros([Q2, BLOCK], tl.float32)
+    p_q = _chosen(grads, o_q, ALIGNED)
     for row in range(program, N, tl.num_programs(0)):
-        p_g = grads + row * grad_stride + o_q[:, None].to(tl.int64) * grad_stride_q + o_d[None, :]
+        p_g = (p_q + row * grad_stride)[:, None] + o_d[None, :]
         b_g = tl.load(p_g, mask=m_qd, other=0.0).to(tl.float32)  # [Q2, BLOCK]
         for i in tl.static_range(len(sources)):
             b_v = tl.load(sources[i] + row * strides[i] + o_d, mask=m_d, other=0.0).to(tl.float32)
@@ -616,7 +640,7 @@ def _tiles(kernel: str, queries: int, width: int) -> _Tiles:
 
 
 def _scores(sources, queries, grads, scale, eps):
-    """``(r [k, 1, N], scores a [k, Q, N], v . grad [k, Q, N] or None)``."""
+    """``(r [k, 1, N], scores a [k, Q, N], v . grad [k, Q, N] or None)``; ``grads``: Q of ``[N, D]``, or ``None``."""
     tokens, width = sources[0].shape
     k, count = len(sources), queries.shape[0]
     new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=queries.device)  # noqa: E731
@@ -625,11 +649,20 @@ def _scores(sources, queries, grads, scale, eps):
     tile = _tiles("scores", count, width)
     for start, stop in _chunks(k):
         _scores_kernel[(tokens, triton.cdiv(count, tile.queries))](
-            *_separate(sources[start:stop]), queries, grads, *(0, 0) if grads is None else grads.stride()[:2],
-            r[start:], dots[start:], None if grads is None else grad_dots[start:], tokens, count, eps,
+            *_separate(sources[start:stop]), queries, *_alike(grads), r[start:], dots[start:],
+            None if grads is None else grad_dots[start:], tokens, count, eps,
             D=width, BLOCK=tile.block, Q2=tile.queries, K2=triton.next_power_of_2(stop - start),
         )  # fmt: skip
     return r, torch.where(r == 0, 0.0, dots * r * scale), grad_dots
+
+
+def _alike(grads: list[Tensor] | None) -> tuple[tuple[Tensor, ...] | None, int, bool]:
+    """Tensors ``[N, D]``, the row stride that all of them have, and whether all start at a multiple of 16 bytes."""
+    if grads is None:
+        return None, 0, False
+    if len({g.stride() for g in grads}) > 1 or grads[0].stride(1) != 1:
+        grads = [g.contiguous() for g in grads]
+    return tuple(grads), grads[0].stride(0), all(g.data_ptr() % 16 == 0 for g in grads)
 
 
 def _separate(rows: list[Tensor]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -650,7 +683,8 @@ def _mix(sources, alpha, out, add: bool) -> None:
 
 
 def _gradients(grads, sources, queries, alpha, d_score, r, a, scale, into) -> Tensor:
-    """Write the sources' gradients; ``d_queries [Q, D]`` fp32. All ``[k, Q, N]``: alpha, d_score, a."""
+    """Write the sources' gradients; ``d_queries [Q, D]`` fp32. ``grads``: Q of ``[N, D]``; all ``[k, Q, N]``: alpha,
+    d_score, a."""
     tokens, width = sources[0].shape
     count = queries.shape[0]
     along_q = (d_score * r).mul_(scale)
@@ -661,7 +695,7 @@ def _gradients(grads, sources, queries, alpha, d_score, r, a, scale, into) -> Te
     for start, stop in _chunks(len(sources)):
         part = torch.empty((programs, count, width), dtype=torch.float32, device=queries.device)
         _gradients_kernel[(programs, triton.cdiv(width, tile.block))](
-            *_separate(sources[start:stop]), *_separate(into[start:stop]), queries, grads, *grads.stride()[:2],
+            *_separate(sources[start:stop]), *_separate(into[start:stop]), queries, *_alike(grads),
             alpha[start:], along_q[start:], along_v[start:], part, tokens, count,
             D=width, BLOCK=tile.block, Q2=tile.queries,
         )  # fmt: skip
@@ -705,32 +739,38 @@ def _tiled_forward(sources, weight, carried, carried_lse, norm_weight, scale, ep
 
 
 def _tiled_backward(
-    grad_h, sources, weight, carried, carried_lse, norm_weight, scale, eps, norm_eps, into
-):  # fmt: skip
+    grad_h, sources, weight, carried, carried_lse, norm_weight, scale, eps, norm_eps, into, h
+):
     first, width = sources[0], sources[0].shape[1]
     query, d_norm = _as_query(weight, first), None
     if norm_weight is None:
-        r, a, d_alpha = _scores(sources, query, grad_h.unsqueeze(0), scale, eps)
+        # h like a source: all that is asked of it is its dot product with the gradient.
+        read = sources if h is None else [*sources, h]
+        r, a, d_alpha = _scores(read, query, [grad_h], scale, eps)
+        inner = d_alpha[-1]
+        r, a, d_alpha = (x[: len(sources)] for x in (r, a, d_alpha))
         alpha, alpha_carried = _softmax_with(a, carried_lse)
     else:
         r, a, _ = _scores(sources, query, None, scale, eps)
         alpha, alpha_carried = _softmax_with(a, carried_lse)
-        h = _tiled_mixture(sources, alpha, alpha_carried, carried).to(first.dtype).float()
-        r_h = torch.rsqrt(h.square().mean(-1, keepdim=True) + norm_eps)
+        mean = _tiled_mixture(sources, alpha, alpha_carried, carried).to(first.dtype).float()
+        r_h = torch.rsqrt(mean.square().mean(-1, keepdim=True) + norm_eps)
         x = grad_h.float() * r_h
-        d_norm = (x * h).sum(0).to(norm_weight.dtype)
+        d_norm = (x * mean).sum(0).to(norm_weight.dtype)
         x.mul_(norm_weight.float())
-        grad_h = x.addcmul_(h, (x * h).sum(-1, keepdim=True) * r_h * r_h / -width)
-        _, _, d_alpha = _scores(sources, query, grad_h.unsqueeze(0), scale, eps)
-    delta = (alpha * d_alpha).sum(0)
+        grad_h = x.addcmul_(mean, (x * mean).sum(-1, keepdim=True) * r_h * r_h / -width)
+        _, _, d_alpha = _scores(sources, query, [grad_h], scale, eps)
+    if h is None:
+        inner = (alpha * d_alpha).sum(0)
+        if carried is not None:
+            dot = (carried * grad_h).sum(-1)
+            inner = inner + alpha_carried * dot
+    d_score = (d_alpha - inner).mul_(alpha)
     d_carried = d_carried_lse = None
-    if carried is not None:
-        dot = (carried * grad_h).sum(-1)
-        delta = delta + alpha_carried * dot
-        d_carried_lse = alpha_carried * (dot - delta[0])
+    if carried_lse is not None:
+        d_carried_lse = alpha_carried * (dot - inner[0]) if h is None else -d_score.sum(0)[0]
         d_carried = alpha_carried.unsqueeze(-1) * grad_h.float()
-    d_score = (d_alpha - delta).mul_(alpha)
-    d_query = _gradients(grad_h.unsqueeze(0), sources, query, alpha, d_score, r, a, scale, into)
+    d_query = _gradients([grad_h], sources, query, alpha, d_score, r, a, scale, into)
     return None if weight is None else d_query[0].to(weight.dtype), d_carried, d_carried_lse, d_norm
 
 
@@ -789,21 +829,17 @@ def pool_many_forward(sources, queries, scale, eps) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def pool_many_backward(grad_out, grad_lse, sources, queries, out, lse, scale, eps, into) -> Tensor:
+def pool_many_backward(grad_out, grad_lse, sources, queries, lse, scale, eps, into) -> Tensor:
     """``d_queries [Q, D]``; the sources' gradients are written into ``into``.
 
-    ``grad_out [Q, N, D]``, ``grad_lse [Q, N]``, ``out`` and ``lse`` as :func:`pool_many_forward` returned them
-    (``out`` is not read: its dot product with its gradient is a weighted sum of those with the sources).
+    ``grad_out``: Q tensors ``[N, D]``; ``grad_lse [Q, N]``; ``lse`` as :func:`pool_many_forward` returned it, whose
+    ``out`` is not read: its dot product with its gradient is a weighted sum of those with the sources.
     """
-    tokens, width = sources[0].shape
-    if tokens == 0 or queries.shape[0] == 0:
+    if len(sources[0]) == 0 or queries.shape[0] == 0:
         for x in into:
             x.zero_()
         return torch.zeros_like(queries)
-    if width > 1 and grad_out.stride(-1) != 1:
-        grad_out = grad_out.contiguous()
     r, a, d_alpha = _scores(sources, queries, grad_out, scale, eps)
     alpha = torch.exp(a - lse)
     d_score = (d_alpha - (alpha * d_alpha).sum(0)).add_(grad_lse).mul_(alpha)
-    # _scores takes gradients as [Q, N, D] by strides; so do the gradients.
     return _gradients(grad_out, sources, queries, alpha, d_score, r, a, scale, into).to(queries.dtype)
