@@ -58,7 +58,7 @@ def activation_bytes_per_token(model: GPT, precision: str) -> float:
             0, model.config.vocab_size, shape, generator=generator, device=model.embed.weight.device
         )
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=precision == "autocast"):
-            return saved_bytes(model, ids, ids)
+            return saved_bytes(model, ids, ids.clone())
 
     # Without autocast nothing is kept once, and a second pass would find the same.
     once = saved(1) if precision == "autocast" else 0

@@ -85,8 +85,8 @@ def test_model_is_the_published_block_with_its_three_norms():
         before, wanted = model.residual, []
         for i, block in enumerate(model.blocks):
             for run, site in (
-                (lambda h, f=block.attn: f(h, cos, sin), block.attn_site),
-                (block.mlp, block.mlp_site),
+                (lambda h, f=block.attn: f(f.norm(h), cos, sin), block.attn_site),
+                (lambda h, f=block.mlp: f(f.norm(h)), block.mlp_site),
             ):
                 x = norm(x, before.post_weight)
                 wanted.append(x + norm(y, before.pre_weight))
