@@ -112,3 +112,32 @@ def test_the_comparison_is_that_of_the_file():
         assert [f"{row['train_loss']:.4f}", f"{row['val_loss']:.4f}", shown] in rows(
             page, f"`{row['residual']}`"
         )
+
+
+def test_saved_bytes_are_those_of_the_file():
+    page = text("memory.md")
+    kept = json.loads((ROOT / "benchmarks/results/stream-memory.json").read_text())
+    assert kept["preset"] == "M"
+    for precision, column in (("fp32", 0), ("autocast", 1), ("bf16", 2)):
+        for row in (row for row in kept["rows"] if row["precision"] == precision):
+            name = f"`{row['residual']}`"
+            name += f", n = {row['n_streams']}" if "n_streams" in row else ""
+            name += f", {row['stream_memory']}" if "stream_memory" in row else ""
+            ((*cells,),) = rows(page, name)
+            assert cells[column] == f"{row['bytes_per_token']:,} ({row['ratio']:.3f})", name
+
+
+def test_times_of_operations_are_those_of_the_file():
+    page = text("bench.md")
+    record = json.loads((ROOT / "benchmarks/results/ops-cpu.json").read_text())
+    assert record["command"] in " ".join(page.split())
+    for problem in record["problems"]:
+        (row,) = (row for row in problem["rows"] if row["candidate"] == "depthmix")
+        both, found = row["modes"]["both"], rows(page, f"`{problem['case']}:{problem['variant']}`")
+        assert row["status"] == "timed"
+        over = [
+            f"{both['over'][k]:.3f}" if k in both["over"] else "–"
+            for k in ("eager", "compile", "depthmix:torch")
+        ]
+        n = "–" if problem["n"] is None else str(problem["n"])
+        assert [n, f"{both['ms']:.1f}", f"{both['copies']:.1f}", *over] in found

@@ -86,6 +86,33 @@ def test_a_window_may_be_left_anywhere():
         assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
 
 
+def test_a_window_may_be_cut_between_write_and_read():
+    """As a pipeline may: the streams are written there, and values and gradients are the same to rounding."""
+    model = GPT(small("replay"), seed=0)
+    sites = [site for block in model.blocks for site in (block.attn_site, block.mlp_site)]
+    g = torch.Generator().manual_seed(0)
+    start = model.residual.begin(torch.randn(1, 16, 32, generator=g))[1]
+    outputs = [torch.randn(1, 16, 32, generator=g, requires_grad=True) for _ in sites]
+
+    def run(cut):
+        state, total = start, 0.0
+        for i, (site, y) in enumerate(zip(sites, outputs, strict=True)):
+            if i == cut:
+                state = site.write(y, state)
+                h = site.read(state)
+            else:
+                h, state = site(y, state)
+            found = torch.stack(site.streams(state))
+            assert found.isfinite().all()
+            total = total + h.square().sum() + found.detach().square().sum()
+        return total, *torch.autograd.grad(total, outputs)
+
+    want = run(None)
+    for cut in range(len(sites)):
+        for a, b in zip(run(cut), want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 # --- inversion ------------------------------------------------------------------------------------
 
 

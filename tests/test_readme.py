@@ -42,6 +42,7 @@ def test_command_line(environment, tmp_path):
         "data",
         "compare",
         "depth-sweep",
+        "bench",
     }
     for words in listed:
         ran = subprocess.run(
@@ -74,7 +75,7 @@ def test_python(code, environment, tmp_path):
 def test_make_targets():
     """make test is what runs this; make demo is the comparison, with options the command line takes."""
     targets = [words[1] for words in commands("make ")]
-    assert targets == ["demo", "test", "test-peers"]
+    assert targets == ["demo", "test", "test-peers", "test-kernels", "gpu-check"]
     planned = subprocess.run(["make", "-n", *targets], cwd=ROOT, capture_output=True, text=True)
     assert planned.returncode == 0, planned.stderr
     assert "depthmix compare --recipe quick" in planned.stdout and "-m pytest" in planned.stdout

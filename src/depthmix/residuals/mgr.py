@@ -267,28 +267,37 @@ class ReplaySite(LerpSite):
     def __init__(self, *args, place: int, last: bool, **kwargs):
         super().__init__(*args, **kwargs)
         self.place, self.last = place, last
-        self.stride = steps_between_writes(self.n_streams)
+        between = steps_between_writes(self.n_streams)
+        self.since = place % between
+        self.writes = last or self.since == between - 1
+
+    def write(self, layer_output, state):
+        """Unlike :meth:`forward` this always writes the streams: a read is to follow."""
+        if not torch.is_grad_enabled():
+            return super().write(layer_output, state)
+        return self._step(layer_output, state, None, True)[1]
 
     def forward(self, layer_output, state, norm=None):
         if not torch.is_grad_enabled():
             return super().forward(layer_output, state, norm)
+        return self._step(layer_output, state, norm, self.writes)
+
+    def _step(self, layer_output, state, norm, write):
         streams, *window = state if self.place else (state[0],) * 3
-        since = self.place % self.stride
-        write = self.last or since == self.stride - 1
         h, streams, beta = functional.multi_gate_window_step(
-            layer_output, streams, tuple(window), since, write, **self._arguments(norm)
+            layer_output, streams, tuple(window), self.since, write, **self._arguments(norm)
         )
         if self.last:
             return h, (streams,)
         written, *kept = window
-        # Values alone: autograd must find nothing behind them.
-        written = streams.detach() if write else written
+        if self.writes:  # values alone: autograd must find nothing behind them
+            written = streams.detach()
         return h, (streams, written, *kept, layer_output.detach(), beta)
 
     def streams(self, state):
         if len(state) > 1:
             _, written, _, *steps = state
-            since = (self.place + 1) % self.stride
+            since = 0 if self.writes else self.since + 1
             first = len(steps) - 2 * since
             state = (step_values(written, steps[first::2], steps[first + 1 :: 2]),)
         return super().streams(state)
