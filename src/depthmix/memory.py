@@ -22,14 +22,15 @@ def saved_bytes(model: nn.Module, ids: Tensor, targets: Tensor) -> int:
     owned = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     storages = {}
 
-    def keep(tensor: Tensor) -> Tensor:
+    def keep(tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage._cdata not in owned:
             # Holding the storage keeps its address from being used again while we count.
             storages[storage._cdata] = storage
-        return tensor
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    # Nothing is unpacked. What a hook returns for an output of the node that saves it must not be that output: the two
+    # would hold each other for ever.
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing):
         _, loss = model(ids, targets)
     del loss
     return sum(storage.nbytes() for storage in storages.values())
