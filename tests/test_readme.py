@@ -99,5 +99,30 @@ def test_figures_are_those_of_the_files():
                 assert f"{row['ratio']:.2f}" in line
 
 
+def test_figures_of_kernels_and_memory_are_those_of_the_files():
+    words = " ".join(README.split())
+    record = json.loads((ROOT / "benchmarks/results/ops-cpu.json").read_text(encoding="utf-8"))
+    found = {}
+    for problem in record["problems"]:
+        if (problem["case"], problem["variant"]) == ("mgr-step", "competitive"):
+            (row,) = (row for row in problem["rows"] if row["candidate"] == "depthmix")
+            found[problem["n"]] = row["modes"]["both"]
+    a, b = found[4], found[8]
+    assert f"take {a['ms']:.0f} ms at n = 4 and {b['ms']:.0f} ms at n = 8" in words
+    eager, compiled = ([1 / x["over"][k] for x in (a, b)] for k in ("eager", "compile"))
+    assert "{:.0f} and {:.0f} times faster than the equations in plain torch".format(*eager) in words
+    assert "{:.1f} and {:.1f} times faster than `torch.compile`".format(*compiled) in words
+    assert f"{a['copies']:.1f} and {b['copies']:.1f} times the time of copying" in words
+    kept = json.loads((ROOT / "benchmarks/results/stream-memory.json").read_text(encoding="utf-8"))
+    ratio = {
+        (row["n_streams"], row["stream_memory"]): f"{row['ratio']:.2f}"
+        for row in kept["rows"]
+        if row["precision"] == "fp32" and "stream_memory" in row
+    }
+    assert f"keeps {ratio[4, 'replay']} times what PreNorm keeps with n = 4" in words
+    assert f"{ratio[8, 'replay']} times with n = 8" in words
+    assert f"keeps {ratio[4, 'store']} and {ratio[8, 'store']} times" in words
+
+
 def test_no_placeholder_is_left():
     assert "{{" not in README
