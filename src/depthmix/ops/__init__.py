@@ -3,7 +3,7 @@
 import torch
 
 # The vector library behind torch on a CPU chooses its code for the processor when a function is first called. Where
-# two threads were first at the same moment, one has been seen to take a coarser one (exp off by 1e-4), in one process
-# of twenty. One number is not shared among threads.
+# two threads were first at the same moment, one has now and then been seen to take a coarser one, with errors far
+# beyond rounding. One number is not shared among threads.
 for _function in (torch.exp, torch.log, torch.tanh, torch.sin, torch.cos):
     _function(torch.ones(1))
