@@ -1,8 +1,8 @@
 """One function, two ways to call it: as a registered operation under ``torch.compile``, directly everywhere else.
 
 ``torch.library`` gives a compiler what it needs of an operation (a schema, fake tensors, a gradient it can trace), and
-its wrappers cost more than many a small operation itself, at every call, and seconds of imports at the first. A model that runs
-operation by operation needs none of that: there an ``autograd.Function`` made of the same functions runs.
+its wrappers cost more than many a small operation itself, at every call, and seconds of imports at the first. A model
+that runs operation by operation needs none of that: there an ``autograd.Function`` made of the same functions runs.
 """
 
 from collections.abc import Callable

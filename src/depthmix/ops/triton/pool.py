@@ -22,7 +22,7 @@ forward
 backward
     One launch. First the three dot products of every source, with :math:`v_i`, w and :math:`\partial h`; then the
     k gradients. The sources of a single group of a token stay in registers in between; of more the same program reads
-    them again a few microseconds later, from the cache. From memory k + 1 reads and k writes.
+    them again soon after, from the cache. From memory k + 1 reads and k writes.
     With an output norm the mixture is recomputed in between. Of what was carried only :math:`\delta` needs more
     than its weight, and :math:`\delta = h \cdot \partial h`: without a norm h may be given in its place, and as a
     softmax's gradients add up to zero, that of the log-sum-exp is :math:`-\sum_i g_i`. Programs are persistent: each
