@@ -15,6 +15,7 @@ from .errors import UserError, suggest
 from .ops import depth_attention as depth_ops
 from .ops import eager, inversion, reference
 from .ops import mgr as mgr_ops
+from .ops import norm as norm_ops
 from .ops import pool as pool_ops
 
 GATES = ("competitive", "independent")
@@ -239,11 +240,23 @@ def multi_gate_inversion_step(
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, statistics in fp32, dtype of ``x``."""
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        # There F.rms_norm is a chain of small operations, each of which keeps its input.
-        return eager.RMSNorm.apply(x, weight, eps)
+    if _norms_by_hand(x):
+        return norm_ops.rms_norm(x, weight, eps)
     # Of one dtype, torch's kernels already accumulate in fp32; of two, they would promote the result.
     return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)
+
+
+def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """``(rms_norm(total, weight, eps), total)`` with ``total = x + update``, all ``[..., D]``; in one pass on a CPU."""
+    if _norms_by_hand(x) and torch.promote_types(x.dtype, update.dtype) == x.dtype:
+        return norm_ops.add_rms_norm(x, update, weight, eps)
+    total = x + update
+    return rms_norm(total, weight, eps), total
+
+
+def _norms_by_hand(x: Tensor) -> bool:
+    """On a CPU F.rms_norm is a chain of small operations, each of which keeps its input; a compiler fuses them."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def relu_squared(x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import backend, eager
+from . import backend, mgr_eager
 from .reference import compute_dtype
 from .registration import register, register_differentiable
 
@@ -48,7 +48,7 @@ def _kernels(streams: Tensor, layer_output: Tensor) -> ModuleType:
     """The module whose ``step_forward`` and ``step_backward`` run on these."""
     choice = backend.choose(streams)
     if streams.dtype == torch.float64:
-        return eager
+        return mgr_eager
     if choice == "triton":
         from .triton import mgr
 
@@ -58,7 +58,7 @@ def _kernels(streams: Tensor, layer_output: Tensor) -> ModuleType:
 
         if mgr.usable(streams, layer_output):
             return mgr
-    return eager
+    return mgr_eager
 
 
 def _unwritten(streams: Tensor) -> Tensor:
@@ -152,8 +152,8 @@ def step_backward(
     ``pool_weight``, ``update_weight`` and ``norm_weight`` that there are, each in its tensor's dtype."""
     kernels = _kernels(anchor, layer_output)
     parameters = gate_weight, gate_bias, pool_weight, update_weight, norm_weight
-    grad_h, grad_streams, layer_output, anchor, *parameters = _contiguous(
-        grad_h, grad_streams, layer_output, anchor, *parameters
+    grad_h, grad_streams, layer_output, anchor, beta, *parameters = _contiguous(
+        grad_h, grad_streams, layer_output, anchor, beta, *parameters
     )
     if grad_h is None and grad_streams is None:
         grad_streams = torch.zeros_like(anchor)
@@ -232,7 +232,7 @@ mgr_window_step = register_differentiable(
 def step_values(streams: Tensor, outputs: Sequence[Tensor], gates: Sequence[Tensor]) -> Tensor:
     """What a handle stands for: ``streams [..., n, D]`` advanced by ``outputs [..., D]`` and ``gates [..., n]``."""
     n, width = streams.shape[-2:]
-    values = eager.entering_streams(
+    values = mgr_eager.entering_streams(
         streams.detach().reshape(-1, n, width),
         [y.detach().reshape(-1, width) for y in outputs],
         [beta.reshape(-1, n) for beta in gates],

@@ -49,14 +49,6 @@ class DenseFormerOptions:
                 raise UserError(f"residual denseformer: {name} must be at least 1, got {value}")
 
 
-class DenseAddSite(AddSite):
-    """The addition inside a block; state ``(x, sources ...)``."""
-
-    def write(self, layer_output, state):
-        x, *sources = state
-        return (x + layer_output, *sources)
-
-
 class DepthAverageSite(Site):
     """The end of block i: its own addition, then the average.
 
@@ -139,7 +131,7 @@ class DenseFormer(Residual):
 
     def site(self, index):
         if index % 2:
-            return DenseAddSite()
+            return AddSite()
         block = index // 2
         sources = [*self._wanted(block - 1), block]
         read = None

@@ -49,6 +49,9 @@ class LastSite(AddSite):
     def depth_memory(self, state):
         return state[1:]
 
+    def passing(self, state):
+        return ()
+
     def remember(self, shown, state):
         return state
 
@@ -56,8 +59,8 @@ class LastSite(AddSite):
 class AttentionSite(LastSite):
     """Behind an attention, whose own keys and values join the memory: state ``(x, *memory)``."""
 
-    def write(self, layer_output, state):
-        return (state[0] + layer_output, *state[1:])
+    def passing(self, state):
+        return state[1:]
 
     def remember(self, shown, state):
         memory, key, value = shown

@@ -1,7 +1,8 @@
-r"""The MGR step in C++ (``mgr.cpp``): what :mod:`depthmix.ops.eager` computes, one pass over memory each way.
+r"""The MGR step in C++ (``mgr.cpp``): what :mod:`depthmix.ops.mgr_eager` computes, one pass over memory each way.
 
 Streams in fp32, bf16 or fp16; layer outputs and the gradient of ``h`` in any of these; parameters are few numbers and
-become fp32 here. ``N`` tokens, ``n`` streams, ``D`` features.
+become fp32 here. ``N`` tokens, ``n`` streams, ``D`` features. Tensors are contiguous, those of
+a window need not be.
 """
 
 import torch
@@ -49,7 +50,6 @@ def step_forward(
     ``streams`` is the anchor into which the k earlier ``outputs [N, D]`` are lerped with their ``gates [N, n]``.
     """
     tokens, n, width = streams.shape
-    layer_output, streams = layer_output.contiguous(), streams.contiguous()
     weights = [fp32(w) for w in (gate_weight, gate_bias, pool_weight, update_weight, norm_weight)]
     h = torch.empty(tokens, width, dtype=streams.dtype, device=streams.device)
     new_streams = torch.empty_like(streams) if write else None
@@ -85,9 +85,7 @@ def step_backward(
     That of ``streams`` is the gradient of the streams that enter this step, behind the window.
     """
     tokens, n, width = streams.shape
-    layer_output, streams, beta = layer_output.contiguous(), streams.contiguous(), beta.contiguous()
-    grad_h = None if grad_h is None else grad_h.contiguous()
-    grad_streams = None if grad_streams is None else grad_streams.to(streams.dtype).contiguous()
+    grad_streams = None if grad_streams is None else grad_streams.to(streams.dtype)
     parameters = (gate_weight, gate_bias, pool_weight, update_weight, norm_weight)
     d_output, d_streams = torch.empty_like(layer_output), torch.empty_like(streams)
     totals = [

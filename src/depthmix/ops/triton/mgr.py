@@ -1,7 +1,7 @@
 r"""The MGR step in Triton: one pass over the streams forward, one backward.
 
 Equations of :mod:`depthmix.ops.reference` (arXiv 2605.23259, section 3.1), gradients of
-:mod:`depthmix.ops.eager`, with :math:`r_i = 1/\sqrt{\mathrm{mean}(s_i^2) + \epsilon}`:
+:mod:`depthmix.ops.mgr_eager`, with :math:`r_i = 1/\sqrt{\mathrm{mean}(s_i^2) + \epsilon}`:
 
 .. math::
     g_i = c\,r_i\,(w_1 \cdot s_i) \;[+\; c\,r_y\,(w_3 \cdot y)], \qquad
