@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from . import functional
     from .config import GPTConfig
+    from .diagnostics.capture import capture
     from .match import match_params
     from .mixing import MixingMap, mixing_error, mixing_map
     from .model import GPT, KVCache
@@ -25,6 +26,7 @@ _HOMES = {
     "MixingMap": "mixing",
     "MultiGateResidual": "residuals",
     "available_residuals": "residuals",
+    "capture": "diagnostics.capture",
     "gate_bias_init": "residuals",
     "match_params": "match",
     "mixing_error": "mixing",
@@ -37,6 +39,7 @@ __all__ = [
     "MixingMap",
     "MultiGateResidual",
     "available_residuals",
+    "capture",
     "functional",
     "gate_bias_init",
     "match_params",

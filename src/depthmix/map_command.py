@@ -17,7 +17,7 @@ from .errors import EXIT_USAGE, RunError, UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .config import TrainConfig
+    from .config import GPTConfig, TrainConfig
     from .mixing import MixingMap
     from .model import GPT
 
@@ -169,7 +169,7 @@ def _trained(path: Path, data: tuple[str, ...], tokens: int, device) -> Subject:
     run = next((f for f in (path, *path.resolve().parents[:2]) if (f / "config.json").exists()), path)
     return Subject(
         name=run.resolve().name,
-        residual=_spec(config),
+        residual=spec(config.model),
         detail=_validation_loss(run, folder),
         model=model,
         ids=_ids(config, run, data, tokens),
@@ -193,13 +193,13 @@ def _untrained(config: "TrainConfig", args: Map, device) -> Subject:
     shape = (-(-args.tokens // length), length)
     ids = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
     model = build_model(config, device).eval()
-    return Subject("untrained", _spec(config), f"untrained, preset {args.preset}", model, ids)
+    return Subject("untrained", spec(config.model), f"untrained, preset {args.preset}", model, ids)
 
 
-def _spec(config: "TrainConfig") -> str:
+def spec(model: "GPTConfig") -> str:
     """The connection with the options that are its own."""
-    options = config.model.residual_options.items()
-    return ":".join([config.model.residual, *(f"{key}={value}" for key, value in options)])
+    options = model.residual_options.items()
+    return ":".join([model.residual, *(f"{key}={value}" for key, value in options)])
 
 
 def _validation_loss(run: Path, checkpoint: Path) -> str:

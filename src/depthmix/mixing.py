@@ -25,10 +25,8 @@ takes as many sources at once as fit, at least one (about three times one sequen
 ``per="mean"`` nothing else grows with the number of tokens.
 """
 
-import contextlib
 import dataclasses
 import io
-import sys
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -40,6 +38,7 @@ import torch
 from torch import Tensor
 
 from .config import GPTConfig
+from .diagnostics.capture import uncompiled
 from .errors import UserError, suggest
 from .model import GPT
 from .ops.reference import compute_dtype
@@ -324,21 +323,13 @@ def _run(model: GPT, ids: Tensor, keep_values: bool = False) -> _Trace:
             handles += [site.register_forward_hook(stepped) for site in _sites(model)]
             norms = [norm for block in model.blocks for norm in (block.attn.norm, block.mlp.norm)]
             handles += [norm.register_forward_pre_hook(read) for norm in (*norms, model.norm)]
-        with _uncompiled():
+        with uncompiled():
             model.hidden(ids)
     finally:
         for handle in handles:
             handle.remove()
     trace.power = torch.stack(squares)
     return trace
-
-
-def _uncompiled():
-    """Compiled blocks would be compiled anew for the hooks' sake: they run as they are written."""
-    # What has never been imported has compiled nothing, and importing it takes seconds.
-    if "torch._dynamo" in sys.modules:
-        return torch.compiler.set_stance("force_eager")
-    return contextlib.nullcontext()
 
 
 # --- the linear form ------------------------------------------------------------------------------

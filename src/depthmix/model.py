@@ -257,6 +257,14 @@ class GPT(nn.Module):
                 for weight in site.drawn_weights():
                     normal_(weight, 0.02)
 
+    def rotary(self, ids: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``[T, d / 2]`` for ``ids [B, T]`` at positions from ``start`` on."""
+        dtype, device = self.embed.weight.dtype, ids.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)  # what queries and keys come in
+        end = start + ids.shape[1]
+        return self.rope_cos[start:end].to(dtype), self.rope_sin[start:end].to(dtype)
+
     def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """The normed output of the trunk, ``[B, T, D]``, for ``ids [B, T]``."""
         if ids.dim() != 2 or ids.dtype.is_floating_point:
@@ -269,10 +277,7 @@ class GPT(nn.Module):
                 f"{end} tokens do not fit: the model was built for seq_len = {self.config.seq_len}"
                 + ("" if cache is None else f" and the cache holds {cache.capacity}")
             )
-        dtype, device = self.embed.weight.dtype, ids.device.type
-        if device != "meta" and torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)  # what queries and keys come in
-        cos, sin = self.rope_cos[start:end].to(dtype), self.rope_sin[start:end].to(dtype)
+        cos, sin = self.rotary(ids, start)
         h, state = self.residual.begin(self.embed(ids))
         state = self.residual.foresee(state, [s for b in self.blocks for s in (b.attn_site, b.mlp_site)])
         following = [block.attn.norm for block in self.blocks[1:]] + [None]

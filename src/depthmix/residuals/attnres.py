@@ -88,6 +88,8 @@ class SourceSite(Site):
         group: readers from this one to the last of its group, if this is the first; else 0.
     """
 
+    gate_names = ("pool",)
+
     def __init__(
         self,
         d_model: int,
@@ -174,6 +176,15 @@ class AttentionResiduals(Residual):
 
     def foresee(self, state, sites):
         return *state, torch.stack([site.scoring_query(state[0].dtype) for site in sites])
+
+    def without(self, state, sites, first):
+        """Sources alone: those that the sublayers begin are not there, but for one that later sublayers add to."""
+        before, behind = first - 1, first - 1 + len(sites)
+        sources = state[: 1 + sum(self.starts[:before])]
+        added_to = behind < len(self.starts) and not self.starts[behind]
+        if added_to and any(self.starts[before:behind]):
+            return (*sources, torch.zeros_like(sources[0]))
+        return sources
 
     def site(self, index):
         first, size = next((i, n) for i, n in self.groups if i < index <= i + n)

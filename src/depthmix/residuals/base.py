@@ -48,6 +48,16 @@ class Site(nn.Module):
     per_channel = False
     """Whether a gate has one value per channel (and not one per token)."""
 
+    gate_names: tuple[str | None, ...] = ()
+    """What each of :meth:`gates` is to a reader: ``"gate"``, how much of the output each stream (or channel) admits,
+    ``"pool"``, how much of each stream or source is read, or ``None``."""
+
+    gate_range = (0.0, 1.0)
+    """Where the values of ``"gate"`` lie; the few outside, where there can be any, are outliers."""
+
+    convex = False
+    """Whether the gate also says what is forgotten: ``(1 - gate) old + gate new``."""
+
     fuses_norm = False
     """Whether ``forward`` takes ``norm=``, the RMSNorm of the next sublayer, and returns its input already normed."""
 
@@ -134,6 +144,14 @@ class Residual(nn.Module):
 
         A site's parameters are its own; where others need something of them sooner, it travels in the state.
         The model calls this; where nobody does, every step works without.
+        """
+        return state
+
+    def without(self, state: State, sites: Sequence[Site], first: int) -> State | None:
+        """The state behind ``sites`` had they written nothing; ``None`` where there is no such state.
+
+        ``state`` enters sublayer ``first`` (1 .. L), and ``sites`` stand behind it and those that follow. The last of
+        them can read what is returned, and later sites can write to it.
         """
         return state
 

@@ -61,6 +61,8 @@ class DepthAverageSite(Site):
         keep: positions that a later block wants.
     """
 
+    gate_names = ("pool",)
+
     def __init__(self, read: tuple[int, ...] | None, keep: tuple[int, ...]):
         super().__init__()
         self.sources_read, self.sources_kept = read, keep
@@ -128,6 +130,12 @@ class DenseFormer(Residual):
 
     def begin(self, x):
         return x, (x, x) if self._wanted(0) else (x,)
+
+    def without(self, state, sites, first):
+        """The averages of these blocks stand: a block that wrote nothing is one whose outputs were zero."""
+        for site in sites:
+            state = site.write(torch.zeros_like(state[0]), state)
+        return state
 
     def site(self, index):
         if index % 2:

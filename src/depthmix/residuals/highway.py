@@ -60,6 +60,7 @@ class ChannelGateSite(Site):
     """
 
     per_channel = True
+    gate_names = ("gate",)
 
     def __init__(
         self,

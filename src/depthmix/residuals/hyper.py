@@ -88,6 +88,9 @@ class HyperSite(Site):
     State: ``(H [B, T, n, D], C [B, T, n + 2, n])``; behind the last sublayer ``(H,)``.
     """
 
+    gate_names = (None, "gate", "pool")
+    gate_range = (-1.0, 3.0)
+
     def __init__(self, following: Coefficients | None, merge: Merge):
         super().__init__()
         self.following, self.merge = following, merge
@@ -162,6 +165,10 @@ class HyperResidual(Residual):
         streams = copies(x, self.n_streams)
         return mixed(streams, gates[0]), (streams,)
 
+    def without(self, state, sites, first):
+        following = sites[-1].following
+        return (state[0],) if following is None else (state[0], following.reference(state[0]))
+
     def site(self, index):
         last = index == self.n_sublayers
         return HyperSite(None if last else self.coefficients(index), self.options.merge)
@@ -187,6 +194,9 @@ class StaticSite(Site):
 
     State: ``(H [B, T, n, D],)``.
     """
+
+    gate_names = (None, "gate", "pool")
+    gate_range = (-1.0, 3.0)
 
     def __init__(self, n_streams: int, index: int, last: bool, merge: Merge):
         super().__init__()

@@ -178,6 +178,7 @@ class RampSite(Site):
     """
 
     fuses_norm = True
+    gate_names = ("pool",)
 
     def __init__(self, d_model: int, n_after: int, complete: bool, eps: float, scale: float | None):
         super().__init__()
@@ -221,6 +222,8 @@ class LerpSite(MultiGateResidual, Site):
     """State: ``(streams [B, T, n, D],)``. The backward pass finds the streams where autograd stored them."""
 
     fuses_norm = True
+    gate_names = ("gate", "pool")
+    convex = True
 
     def write(self, layer_output, state):
         return self.forward(layer_output, state)[1]
@@ -294,13 +297,20 @@ class ReplaySite(LerpSite):
             written = streams.detach()
         return h, (streams, written, *kept, layer_output.detach(), beta)
 
+    def gates(self, layer_output, state):
+        return super().gates(layer_output, _with_values(state, self.since))
+
     def streams(self, state):
-        if len(state) > 1:
-            _, written, _, *steps = state
-            since = 0 if self.writes else self.since + 1
-            first = len(steps) - 2 * since
-            state = (step_values(written, steps[first::2], steps[first + 1 :: 2]),)
-        return super().streams(state)
+        return super().streams(_with_values(state, 0 if self.writes else self.since + 1))
+
+
+def _with_values(state, since: int):
+    """``(streams,)`` for a state of a window, last written ``since`` steps ago."""
+    if len(state) == 1:
+        return state
+    _, written, _, *steps = state
+    first = len(steps) - 2 * since
+    return (step_values(written, steps[first::2], steps[first + 1 :: 2]),)
 
 
 class InversionSite(LerpSite):
@@ -384,6 +394,9 @@ class MultiGateResiduals(Residual):
 
     def begin(self, x):
         return x, (x.unsqueeze(-2) if self.n_streams == 1 else x,)
+
+    def without(self, state, sites, first):
+        return None if first < self.n_streams else state  # the ramp's outputs are the streams
 
     def site(self, index):
         if index >= self.n_streams:
