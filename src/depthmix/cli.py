@@ -30,6 +30,7 @@ VERBS = {
     "depth-sweep": "train residual connections at several depths and show which of them still learn",
     "generate": "continue a text with a trained model",
     "map": "draw how much of every earlier output each sublayer reads (the mixing map)",
+    "diagnose": "what networks do in depth: activations, gates, blocks, streams, as one report",
     "bench": "time the operations and a step, each checked against a reference first",
     "data": "prepare or inspect training data (data prepare, data inspect)",
     "info": "sizes and costs of a model without building it; --list names the residual connections",
@@ -120,6 +121,7 @@ def _dispatch(argv: list[str]) -> int:
         "depth-sweep": _depth_sweep,
         "generate": _generate,
         "map": _map,
+        "diagnose": _diagnose,
         "bench": _bench,
         "data": _data,
         "info": _info,
@@ -294,18 +296,22 @@ def _bytes_of(tokenizer, token: int) -> bytes:
 
 def _tokenizer_of(path: Path):
     """The tokenizer saved in the run folder that ``path`` is or lies in."""
-    from .data import load_tokenizer
-    from .report.records import read_json
+    from .runs import run_tokenizer
 
     for folder in (path, *path.resolve().parents[:2]):
-        values = read_json(folder / "tokenizer.json")
-        if values is not None:
-            return load_tokenizer(values)
+        if (folder / "tokenizer.json").exists():
+            return run_tokenizer(folder)
     raise UserError(f"{path} has no tokenizer.json beside it; give a run folder made by depthmix train")
 
 
 def _map(argv: list[str]) -> int:
     from .map_command import main
+
+    return main(argv)
+
+
+def _diagnose(argv: list[str]) -> int:
+    from .diagnostics.command import main
 
     return main(argv)
 

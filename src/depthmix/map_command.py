@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,16 +12,14 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from . import flags
 from .errors import EXIT_USAGE, RunError, UserError
+from .runs import distinct_labels, expand, file_name, open_run, read_windows, spec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .config import GPTConfig, TrainConfig
+    from .config import TrainConfig
     from .mixing import MixingMap
     from .model import GPT
-
-ROWS_AT_ONCE = 64
-"""Windows read from the validation data in one piece."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ def main(argv: list[str]) -> int:
     out = Path(args.out)
     if out.suffix.lower() != ".png":
         raise UserError(f"--out must end in .png, got {args.out!r}")
-    runs = [run for given in args.runs for run in _expand(Path(given))]
+    runs = [run for given in args.runs for run in expand(Path(given))]
     # What is misspelt is refused before anything is computed.
     untrained = [_initial(name, args.preset) for name in names]
 
@@ -103,7 +100,7 @@ def main(argv: list[str]) -> int:
     written = [write_atomically(out, picture(drawn))]
     if args.npz:
         written += [
-            found.mapped.save(out.with_name(f"{out.stem}-{_file_name(label)}.npz"))
+            found.mapped.save(out.with_name(f"{out.stem}-{file_name(label)}.npz"))
             for label, found in zip(_labels(drawn), drawn, strict=True)
         ]
     _print_table(drawn)
@@ -130,14 +127,10 @@ def _drawn(subjects) -> Iterator[Drawn]:
 # --- what is mapped -------------------------------------------------------------------------------
 
 
-def _expand(path: Path) -> list[Path]:
-    """``path``, or the run folders of the comparison that it is."""
-    from .report.records import read_json
-
-    if not path.is_dir():
-        raise UserError(f"{path} is no folder; give run folders made by `depthmix train` or `compare`")
-    plan = read_json(path / "compare.json")
-    return [path] if plan is None else [path / cell["name"] for cell in plan["cells"]]
+def _trained(path: Path, data: tuple[str, ...], tokens: int, device) -> Subject:
+    run = open_run(path, device)
+    ids = read_windows(run, data, run.config.model.seq_len, tokens)
+    return Subject(run.name, spec(run.config.model), run.detail, run.model, ids)
 
 
 def save_run_map(run: Path, tokens: int = 2048) -> Path:
@@ -156,24 +149,6 @@ def save_run_map(run: Path, tokens: int = 2048) -> Path:
     device = find_device(flags.load_config(run / "config.json").device)
     subject = _trained(run, (), tokens, device)
     return mixing_map(subject.model, subject.ids).save(path)
-
-
-def _trained(path: Path, data: tuple[str, ...], tokens: int, device) -> Subject:
-    from .checkpoint import best_checkpoint, latest_checkpoint, load_model
-
-    # The choice of load_model, made here because the step is wanted too.
-    checkpoints = path / "checkpoints"
-    folder = (best_checkpoint(checkpoints) or latest_checkpoint(checkpoints)) or path
-    model, config = load_model(folder, device)
-    # A checkpoint lies in RUN/checkpoints.
-    run = next((f for f in (path, *path.resolve().parents[:2]) if (f / "config.json").exists()), path)
-    return Subject(
-        name=run.resolve().name,
-        residual=spec(config.model),
-        detail=_validation_loss(run, folder),
-        model=model,
-        ids=_ids(config, run, data, tokens),
-    )
 
 
 def _initial(name: str, preset_name: str) -> "TrainConfig":
@@ -196,78 +171,11 @@ def _untrained(config: "TrainConfig", args: Map, device) -> Subject:
     return Subject("untrained", spec(config.model), f"untrained, preset {args.preset}", model, ids)
 
 
-def spec(model: "GPTConfig") -> str:
-    """The connection with the options that are its own."""
-    options = model.residual_options.items()
-    return ":".join([model.residual, *(f"{key}={value}" for key, value in options)])
-
-
-def _validation_loss(run: Path, checkpoint: Path) -> str:
-    from .report.records import read_run
-
-    step = re.fullmatch(r"step-(\d+)", checkpoint.name)
-    if step is None or not (run / "config.json").exists():
-        return ""
-    number, record = int(step[1]), read_run(run)
-    losses = record.val["loss"][record.val["step"] == number]
-    loss = f"validation loss {losses[0]:.3f}, " if losses.size else ""
-    return f"{loss}step {number:,}"
-
-
-def _ids(config: "TrainConfig", run: Path, data: tuple[str, ...], tokens: int) -> "Tensor":
-    """``[B, T]``: the first sequences of the run's validation data, or of the text asked for."""
-    import torch
-
-    from .data import eval_batches, open_dataset, prepare
-
-    length = config.model.seq_len
-    if not data:
-        split = open_dataset(prepare(config.data)).val
-        return torch.cat([x for x, _ in eval_batches(split, length, ROWS_AT_ONCE, tokens)])
-    ids = _encode(data, config.data.text_field, run, -(-tokens // length) * length)
-    if ids.numel() < length:
-        # A short text is one short sequence.
-        return ids[None]
-    return ids[: ids.numel() // length * length].view(-1, length)
-
-
-def _encode(data: tuple[str, ...], text_field: str, run: Path, tokens: int) -> "Tensor":
-    """At most ``tokens`` ids of the text in ``data``, by the tokenizer that ``run`` was trained with."""
-    import torch
-
-    from .data import load_tokenizer
-    from .data.sources import Reading, find_sources
-    from .report.records import read_json
-
-    values = read_json(run / "tokenizer.json")
-    if values is None:
-        raise UserError(f"{run} has no tokenizer.json; give a run folder made by `depthmix train`")
-    tokenizer, ids = load_tokenizer(values), []
-    for source in find_sources(data, text_field):
-        for block in source.blocks(Reading()):
-            for _, text in block.documents():
-                ids += [*tokenizer.encode(text), tokenizer.end_token]
-                if len(ids) >= tokens:
-                    return torch.tensor(ids[:tokens])
-    return torch.tensor(ids)
-
-
 # --- what is shown --------------------------------------------------------------------------------
 
 
 def _labels(drawn: list[Drawn]) -> list[str]:
-    """The connection's name; where one name stands for several maps, with the run's beside it."""
-    specs = [found.subject.residual for found in drawn]
-    labels = [
-        found.subject.residual
-        if specs.count(found.subject.residual) == 1
-        else f"{found.subject.residual} ({found.subject.name})"
-        for found in drawn
-    ]
-    return [
-        label if labels.count(label) == 1 else f"{label} #{labels[: place + 1].count(label)}"
-        for place, label in enumerate(labels)
-    ]
+    return distinct_labels([d.subject.residual for d in drawn], [d.subject.name for d in drawn])
 
 
 def picture(drawn: list[Drawn]) -> bytes:
@@ -280,10 +188,6 @@ def picture(drawn: list[Drawn]) -> bytes:
             for label, found in zip(_labels(drawn), drawn, strict=True)
         ]
     )
-
-
-def _file_name(label: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.=_-]+", "-", label).strip("-")
 
 
 def strongest(mapped: "MixingMap") -> str:

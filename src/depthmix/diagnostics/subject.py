@@ -117,7 +117,7 @@ class Run(Subject):
     def __init__(
         self, model: GPT, config: "TrainConfig | None" = None, *, name: str, detail: str = "", tokenizer=None
     ):
-        from ..map_command import spec
+        from ..runs import spec
 
         self.module, self.name, self.detail, self.tokenizer = model, name, detail, tokenizer
         self.residual = spec(model.config)
