@@ -138,7 +138,7 @@ def test_names():
         pass
     with pytest.raises(KeyError, match="prenorm has nothing there"):
         c["blocks.0.hook_gate"]
-    with pytest.raises(KeyError, match="unknown point 'blocks.0.gate'"):
+    with pytest.raises(KeyError, match="unknown point"):
         c["blocks.0.gate"]
 
 
@@ -160,7 +160,7 @@ def test_wrong_patterns(patterns, message):
 
 def test_wrong_model():
     with (
-        pytest.raises(UserError, match="takes a depthmix.GPT, got Linear"),
+        pytest.raises(UserError, match="got Linear"),
         depthmix.capture(torch.nn.Linear(2, 2), "*"),
     ):
         pass

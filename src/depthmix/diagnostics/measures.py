@@ -107,7 +107,8 @@ class Largest:
         length, width = absolute.shape[1:]
         flat = per_token.flatten()
         # An element among the largest is in one of as many tokens with the largest maxima.
-        tokens = flat.nan_to_num(nan=-1.0, posinf=math.inf).topk(min(TOP, len(flat))).indices.sort().values
+        order = flat.nan_to_num(nan=-1.0, posinf=math.inf).sort(descending=True, stable=True).indices
+        tokens = order[:TOP].sort().values
         candidates = absolute.reshape(-1, width)[tokens].nan_to_num(nan=-1.0, posinf=math.inf).flatten()
         best = candidates.sort(descending=True, stable=True)
         found, rows = [], []
@@ -445,8 +446,10 @@ def _quantiles(counts: np.ndarray, edges: np.ndarray) -> np.ndarray:
     total = counts.sum()
     if not total:
         return np.full(5, np.nan)
-    below = np.concatenate([[0], np.cumsum(counts)]) / total
-    return np.interp((0.05, 0.25, 0.5, 0.75, 0.95), below, edges)
+    below = np.concatenate([[0], np.cumsum(counts)])
+    wanted = np.array((0.05, 0.25, 0.5, 0.75, 0.95)) * total
+    bins = np.searchsorted(below[1:], wanted)
+    return edges[bins] + np.diff(edges)[bins] * (wanted - below[bins]) / counts[bins]
 
 
 MEASURES = (Magnitudes, Distances, Gates, Ranks)
