@@ -264,3 +264,15 @@ def test_kernels_that_cannot_run_are_refused(monkeypatch):
     monkeypatch.setenv("DEPTHMIX_KERNELS", "native")
     with pytest.raises(UserError, match="for CPU tensors"):
         backend.choose(torch.zeros(1, device="meta"))
+
+
+def test_a_million_tokens(kernels):
+    """A row does not depend on how many there are: the last of 2^20 tokens get what they get alone."""
+    tokens, last = 2**20, 200
+    y, streams, *parameters = draw(tokens=tokens, n=2, width=3, missing=("w3",))
+    found = [x.detach() for x in mgr.mgr_step(y, streams, *parameters, *REST)]
+    alone = [x.detach()[-last:] for x in (y, streams)]
+    few = mgr.mgr_step(*alone, *parameters, *REST)
+    for a, b in zip(found, few, strict=True):
+        assert a.shape[0] == tokens
+        torch.testing.assert_close(a[-last:], b.detach(), rtol=1e-6, atol=1e-6)
