@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import RunError, UserError
 from . import passes
-from .arrays import Array, Diagnosis
+from .arrays import Diagnosis
 from .measures import measure
 from .subject import Subject
 
@@ -84,6 +84,7 @@ def diagnose(
         "mixing": lambda p: passes.mixing(subject, texts, extent.mixing_tokens),
         "reconstruction": lambda p: passes.reconstruction(subject, texts, extent.mixing_tokens),
     }
+    counts = {"activations": len(texts), "gradients": len(gradient), "removal": len(removal)}
     for part, run in work.items():
         if part not in extent.parts:
             found.missing[part] = "not asked for"
@@ -92,7 +93,7 @@ def diagnose(
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             try:
-                found.arrays |= run(lambda share, part=part: progress(part, share))
+                found.arrays |= run(_shares(part, counts.get(part, 1), progress))
             except (UserError, RunError) as error:
                 found.missing[part] = str(error)
         found.warnings += [str(w.message) for w in said if issubclass(w.category, UserWarning)]
@@ -105,6 +106,18 @@ def diagnose(
         words = {str(t): subject.decode([int(t)]) for t in tokens if t >= 0}
         found.text["top_tokens"] = {token: word for token, word in words.items() if word is not None}
     return found
+
+
+def _shares(part: str, texts: int, progress) -> Callable[[float], None]:
+    """What a part calls with the number of texts it has done since its last call."""
+    done = 0.0
+
+    def advance(more: float) -> None:
+        nonlocal done
+        done += more
+        progress(part, min(done / texts, 1.0))
+
+    return advance
 
 
 def _check(subject: Subject, texts: Tensor) -> None:
@@ -145,6 +158,3 @@ def _name_what_is_not_finite(found: Diagnosis) -> None:
             f"activations that are NaN or infinite behind {', '.join(places[:4])}{more}; figures of these layers "
             f"leave them out or stay empty"
         )
-
-
-__all__ = ["PARTS", "Array", "Diagnosis", "Extent", "diagnose"]

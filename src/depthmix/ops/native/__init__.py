@@ -35,7 +35,8 @@ FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-std=c++17", "-
 
 def status() -> str:
     """Whether the kernels are in use, and if not, why."""
-    return _load()[1]
+    forced = os.environ.get("DEPTHMIX_KERNELS")
+    return _load()[1] if forced in (None, "", "auto", "native") else f"off: DEPTHMIX_KERNELS={forced}"
 
 
 def available() -> bool:
