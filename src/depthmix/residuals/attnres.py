@@ -78,7 +78,8 @@ class SourceSite(Site):
 
     State: k sources ``[B, T, D]``. After :meth:`AttentionResiduals.foresee` also, for this reader and those behind it
     in its group, the mean of the finished sources ``[B, T, D]`` and its log-sum-exp ``[B, T]``, in the compute dtype;
-    then the queries ``[R, D]`` of the R readers of later groups. A state of sources alone is accepted everywhere.
+    then the queries ``[R, D]`` of the R readers of later groups. A state of sources alone is accepted everywhere, one
+    of fewer sources too (:meth:`AttentionResiduals.without`).
 
     Args:
         n_sources: k before the write.
@@ -128,7 +129,7 @@ class SourceSite(Site):
         if self.new_source:
             return (*sources, layer_output)
         *finished, running = sources
-        return (*finished, running + layer_output)
+        return (*finished, layer_output if running is None else running + layer_output)
 
     def write(self, layer_output, state):
         sources, foreseen = state[: self.n_sources], state[self.n_sources :]
@@ -149,6 +150,7 @@ class SourceSite(Site):
         sources, made = state[:n_sources], state[n_sources:-1]
         query = self.scoring_query(sources[0].dtype)
         if not made:
+            sources = [v for v in sources if v is not None]
             return functional.source_pool(sources, query, scale=1.0, eps=self.eps)
         carried = made[0], made[len(made) // 2]
         return functional.source_pool(
@@ -178,12 +180,12 @@ class AttentionResiduals(Residual):
         return *state, torch.stack([site.scoring_query(state[0].dtype) for site in sites])
 
     def without(self, state, sites, first):
-        """Sources alone: those that the sublayers begin are not there, but for one that later sublayers add to."""
+        """Sources alone, without those that the sublayers begin. ``None`` is one that a later sublayer adds to."""
         before, behind = first - 1, first - 1 + len(sites)
         sources = state[: 1 + sum(self.starts[:before])]
         added_to = behind < len(self.starts) and not self.starts[behind]
         if added_to and any(self.starts[before:behind]):
-            return (*sources, torch.zeros_like(sources[0]))
+            return (*sources, None)
         return sources
 
     def site(self, index):

@@ -33,6 +33,7 @@ A new connection is one file: subclass :class:`Residual` and :class:`Site`, deco
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -118,6 +119,13 @@ class Site(nn.Module):
         return "adamw" if parameter.ndim >= 2 else "adamw_no_decay"
 
 
+def write_nothing(sites: Sequence[Site], state: State, like: Tensor) -> State:
+    """``state`` behind ``sites`` that write zeros ``[B, T, D]``, shaped as ``like``."""
+    for site in sites:
+        state = site.write(torch.zeros_like(like), state)
+    return state
+
+
 class Residual(nn.Module):
     """A connection for a whole trunk: where it begins and ends, and the sites it is made of."""
 
@@ -148,12 +156,17 @@ class Residual(nn.Module):
         return state
 
     def without(self, state: State, sites: Sequence[Site], first: int) -> State | None:
-        """The state behind ``sites`` had they written nothing; ``None`` where there is no such state.
+        """The state behind ``sites`` had they been given nothing to write; ``None`` where there is no such state.
 
         ``state`` enters sublayer ``first`` (1 .. L), and ``sites`` stand behind it and those that follow. The last of
-        them can read what is returned, and later sites can write to it.
+        them can read what is returned, and later sites can write to it. For a state that was made without gradients.
+
+        Sublayers are taken away, their connection is not: its norms, averages and matrices between streams stand. What
+        is part of a write is not done: nothing is forgotten for what does not come, and no source is appended.
+
+        By default every site writes zeros, which is that where a write adds. ``state[0]`` is taken to be ``[B, T, D]``.
         """
-        return state
+        return write_nothing(sites, state, state[0])
 
     def site(self, index: int) -> Site:
         """A new site for sublayer ``index`` (1 .. L); the caller owns it."""

@@ -131,12 +131,6 @@ class DenseFormer(Residual):
     def begin(self, x):
         return x, (x, x) if self._wanted(0) else (x,)
 
-    def without(self, state, sites, first):
-        """The averages of these blocks stand: a block that wrote nothing is one whose outputs were zero."""
-        for site in sites:
-            state = site.write(torch.zeros_like(state[0]), state)
-        return state
-
     def site(self, index):
         if index % 2:
             return AddSite()

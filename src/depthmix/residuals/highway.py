@@ -133,6 +133,9 @@ class ChannelGates(Residual):
             convex=convex, see_update=see_update, normalise=normalise, bias=bias, eps=config.norm_eps
         )
 
+    def without(self, state, sites, first):
+        return state  # as with a shut gate
+
     def site(self, index):
         return ChannelGateSite(self.d_model, **self.keywords, draw=index if self.draw else None)
 

@@ -47,7 +47,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..ops import hyper
-from .base import Residual, Site
+from .base import Residual, Site, write_nothing
 from .registry import register
 
 Merge = Literal["sum", "mean"]
@@ -166,8 +166,7 @@ class HyperResidual(Residual):
         return mixed(streams, gates[0]), (streams,)
 
     def without(self, state, sites, first):
-        following = sites[-1].following
-        return (state[0],) if following is None else (state[0], following.reference(state[0]))
+        return write_nothing(sites, state, state[0][..., 0, :])
 
     def site(self, index):
         last = index == self.n_sublayers
@@ -285,6 +284,9 @@ class StaticHyperConnections(Residual):
     def begin_mix(self, x, gates):
         streams = copies(x, self.n_streams)
         return mixed(streams, gates[0]), (streams,)
+
+    def without(self, state, sites, first):
+        return write_nothing(sites, state, state[0][..., 0, :])
 
     def site(self, index):
         return StaticSite(self.n_streams, index, index == self.n_sublayers, self.options.merge)
