@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
     paths = [path for given in args.runs for path in _expand(Path(given))]
 
     from ..device import find_device
-    from ..report.diagnosis import summary_table, write_diagnosis
+    from ..report.diagnosis import print_summary, write_diagnosis
     from ..runs import file_name
     from .run import Extent
 
@@ -96,7 +96,7 @@ def main(argv: list[str]) -> int:
     if not found:
         return EXIT_USAGE
     written = write_diagnosis(out, found)
-    summary_table(found)
+    print_summary(found)
     for one in found:
         for warning in one.warnings:
             print(f"depthmix: {one.subject['name']}: {warning}", file=sys.stderr)
