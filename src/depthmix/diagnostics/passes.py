@@ -6,10 +6,10 @@ through it. That is L (L + 1) / 2 blocks in place of L^2, and at any time two ca
 rest: memory does not grow with depth, and with the texts by one number for each and block. Nothing is approximated.
 
 Each of the L + 1 losses needs the head, which for a large vocabulary costs more than the blocks do
-(V D against 6 L D^2 multiplications a token). It takes a few hundred positions at a time (``LOGIT_BYTES``).
+(V D against 6 L D^2 multiplications a token). It takes some hundred positions at a time (``LOGIT_BYTES``).
 
 **Gradients** are those of the mean loss over all texts, added up over batches in fp32 (fp64 for fp64 parameters). Of
-the parameters only the blocks' are differentiated. The head's part is done a few hundred positions at a time, each
+the parameters only the blocks' are differentiated. The head's part is done some hundred positions at a time, each
 forwards and backwards, so that logits are never there for a whole batch.
 """
 
@@ -28,8 +28,11 @@ from .arrays import Array
 from .capture import uncompiled
 from .subject import Run, Subject
 
-LOGIT_BYTES = 64 * 2**20
-"""Of logits, in the compute dtype, at once."""
+LOGIT_BYTES = 32 * 2**20
+"""Of logits, in the compute dtype, at once; 8 times as many where there is no CPU at work.
+
+What glibc allocates beyond this comes from the system every time, with a page fault for every 4 KiB.
+"""
 
 Progress = Callable[[float], None]
 
@@ -147,8 +150,7 @@ def gradient_rms(
     total = {p: torch.zeros_like(p, dtype=compute_dtype(p.dtype)) for p in wanted}
     with _evaluating(subject), _differentiating(subject, wanted):
         with torch.no_grad():
-            # What is kept for a row of logits: themselves, their softmax and their gradient.
-            rows = max(1, _head_rows(subject) // 3)
+            rows = _head_rows(subject)
         for first in range(0, count, batch):
             ids = texts[first : first + batch].to(subject.device)
             hidden = subject.hidden(ids)
@@ -236,7 +238,8 @@ def _some(texts: Tensor, tokens: int) -> Tensor:
 def _head_rows(subject: Subject) -> int:
     """Positions whose logits are ``LOGIT_BYTES``."""
     logits = _one_position(subject)
-    return max(1, LOGIT_BYTES // (logits.numel() * compute_dtype(logits.dtype).itemsize))
+    room = LOGIT_BYTES * (1 if subject.device.type == "cpu" else 8)
+    return max(1, room // (logits.numel() * compute_dtype(logits.dtype).itemsize))
 
 
 def _head_cost(subject: Subject) -> float:
