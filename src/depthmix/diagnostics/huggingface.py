@@ -97,10 +97,12 @@ class HuggingFaceSubject(Subject):
         where, gguf = _find(path)
         transformers = _transformers(gguf)
         wanted = {"local_files_only": True, "trust_remote_code": False}
-        weights = {"use_safetensors": True}
+        weights = {} if gguf else {"use_safetensors": True}
         if gguf:
             wanted["gguf_file"] = gguf
-            weights = {"quantization_config": transformers.GgufConfig(dequantize=True)}
+            # Before there was this option, weights were never left as they are in the file.
+            if hasattr(transformers, "GgufConfig"):
+                weights["quantization_config"] = transformers.GgufConfig(dequantize=True)
         try:
             with _quiet(transformers):
                 model, report = transformers.AutoModelForCausalLM.from_pretrained(
@@ -215,7 +217,7 @@ class HuggingFaceSubject(Subject):
             # Where a stand-in has the block's place, nothing passes.
             if not self._stepping:
                 # OPT computes with [B * T, D] inside of its blocks.
-                take(name, value.detach().view(shape))
+                take(name, value.detach().reshape(shape))
 
         def reads(module, name):
             if name in wanted:
