@@ -87,7 +87,14 @@ def test_text_of_ones_own(trained, tmp_path, capsys):
     assert status == 0 and found.text["source"] == str(text)
     text.write_text("")
     status, _, errors = run(capsys, trained / "prenorm", "--data", text, "--out", tmp_path / "p", *SMALL)
-    assert status == 2 and "at least 2" in errors and not (tmp_path / "p").exists()
+    assert status == 2 and "is empty" in errors and not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_less_text_than_two_tokens(trained, tmp_path, capsys, monkeypatch, count):
+    monkeypatch.setattr("depthmix.runs.encode", lambda *_: torch.zeros(count, dtype=torch.long))
+    status, _, errors = run(capsys, trained / "prenorm", "--data", "x", "--out", tmp_path / "o", *SMALL)
+    assert status == 2 and f"holds {count} tokens" in errors and not (tmp_path / "o").exists()
 
 
 def test_one_bad_run_stops_nobody_else_and_nothing_is_overwritten(trained, tmp_path, capsys):
