@@ -138,6 +138,8 @@ def _diagnosed(path: Path, args: Diagnose, extent, device) -> "Diagnosis":
 
 def _opened(path: Path, args: Diagnose, device) -> "tuple[Subject, Tensor, str]":
     """The model, ``[N, T]`` ids, and what they are."""
+    import torch
+
     from ..runs import encode, open_run, read_windows, run_tokenizer, windows_of
 
     tokens = args.texts * args.length
@@ -150,7 +152,12 @@ def _opened(path: Path, args: Diagnose, device) -> "tuple[Subject, Tensor, str]"
         subject = HuggingFaceSubject.load(path, device)
         length = min(args.length, subject.max_length)
         ids = encode(args.data, args.text_field, subject.encode, subject.end_token, tokens)
-        texts = windows_of(ids, length)
+        start = subject.start_token
+        if start is None:
+            texts = windows_of(ids, length)
+        else:  # it was trained on texts that begin so
+            texts = windows_of(ids, length - 1)
+            texts = torch.cat([torch.full((len(texts), 1), start), texts], 1)
     else:
         from .subject import Run
 
@@ -175,7 +182,7 @@ def is_huggingface(path: Path) -> bool:
     if path.suffix == ".gguf":
         return True
     config = read_json(path / "config.json")
-    return isinstance(config, dict) and "model_type" in config
+    return any(path.glob("*.gguf")) if config is None else isinstance(config, dict) and "model_type" in config
 
 
 class _bar:

@@ -387,7 +387,8 @@ def _section(figure: DiagnosisFigure, drawn: list[Shown], others: list[Shown]) -
         f"<p><b>Shown.</b> {page._text(figure.shown)}</p>\n<p><b>Look for.</b> {page._text(figure.look)}</p>\n"
         f'<p class="soft">{page._text(f"{paper}For print: {figure.key}.png.{without}")}</p>\n</div>\n'
         # Letters keep a readable size: on a phone the drawing scrolls, on a wide page it ends.
-        f'<figure class="drawing"><div style="min-width: {min(76 * inches, 940):.0f}px; max-width: {118 * inches:.0f}px">\n'
+        f'<figure class="drawing"><div style="min-width: {min(76 * inches, 940):.0f}px; '
+        f'max-width: {118 * inches:.0f}px">\n'
         f"{svg}\n</div></figure>\n</section>"
     )
 

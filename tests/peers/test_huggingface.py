@@ -15,6 +15,8 @@ import transformers
 from depthmix.diagnostics.huggingface import HuggingFaceSubject
 from depthmix.errors import UserError
 
+pytestmark = pytest.mark.peers
+
 V, LAYERS, T = 97, 3, 11
 LLAMA = dict(
     vocab_size=V,
