@@ -26,6 +26,7 @@ EXIT_KEYBOARD = 128 + signal.SIGINT
 
 VERBS = {
     "train": "train one model",
+    "watch": "show a running or finished training: loss, gates, norms and gradients over depth",
     "compare": "train the same model with several residual connections and compare them",
     "depth-sweep": "train residual connections at several depths and show which of them still learn",
     "generate": "continue a text with a trained model",
@@ -117,6 +118,7 @@ def _dispatch(argv: list[str]) -> int:
         raise UserError(suggest(verb, [*VERBS, "--help", "--version"] if what == "option" else VERBS, what))
     verbs = {
         "train": _train,
+        "watch": _watch,
         "compare": _compare,
         "depth-sweep": _depth_sweep,
         "generate": _generate,
@@ -182,6 +184,12 @@ def _train(argv: list[str]) -> int:
         if (run_dir / "report.html").exists():
             print(f"report: {run_dir / 'report.html'}")
     return 0
+
+
+def _watch(argv: list[str]) -> int:
+    from .watch import main
+
+    return main(argv)
 
 
 def _compare(argv: list[str]) -> int:

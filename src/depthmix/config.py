@@ -264,6 +264,8 @@ class TrainConfig:
     """Optimiser steps between checkpoints; the last step and every new best are always saved. 0: only those."""
     keep_last: int = 2
     """Newest checkpoints kept, besides the best one."""
+    record_depth: bool = True
+    """Record gates, norms and gradients of every sublayer at each evaluation: depth.jsonl, TensorBoard, watch."""
     seed: int = 0
     """Seed of the initial weights and of the data order."""
     precision: Precision = "fp32"

@@ -19,7 +19,8 @@ One line of ``metrics.jsonl`` an optimiser step (``"split": "train"``)::
     lr, muon_lr           learning rates of AdamW and of Muon
 
 and one an evaluation (``"split": "val"``): step, tokens, loss. A run that ends because a loss is not finite
-leaves ``diverged.json``, which says at which step.
+leaves ``diverged.json``, which says at which step. ``depth.jsonl`` has a line an evaluation too, of what the
+network does in depth (:mod:`depthmix.health`); it repeats like ``metrics.jsonl``.
 
 TensorBoard events are always written. Weights & Biases is used when the environment variable
 WANDB_PROJECT names a project (the extra ``wandb`` must be installed).
@@ -46,6 +47,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import health
 from .checkpoint import (
     Checkpoint,
     latest_checkpoint,
@@ -134,7 +136,7 @@ def _loop(run: "_Run", stop: "_StopSignals") -> None:
     while True:
         finished = run.step == config.steps
         improved = False
-        if run.evaluated < run.step and (finished or _due(run.step, config.eval_interval)):
+        if run.evaluated < run.step and _evaluated_at(config, run.step):
             improved = run.evaluate(stop)
         stopped = stop.received is not None and not (finished and run.evaluated == run.step)
         if improved or finished or stopped or _due(run.step, config.checkpoint_interval):
@@ -161,6 +163,10 @@ def _due(step: int, interval: int) -> bool:
     return interval > 0 and step > 0 and step % interval == 0
 
 
+def _evaluated_at(config: TrainConfig, step: int) -> bool:
+    return step == config.steps or _due(step, config.eval_interval)
+
+
 def _gradients(run: "_Run", inputs: Tensor, targets: Tensor) -> tuple[float, float, float]:
     """Mean loss over the step's tokens, and the norm of its gradient before clipping: whole, and of the
     first sublayer's parameters.
@@ -179,6 +185,8 @@ def _gradients(run: "_Run", inputs: Tensor, targets: Tensor) -> tuple[float, flo
         run.optimizer.collect_gradients()
         total += loss.detach() * share
     first = run.optimizer.grad_norm(run.model.blocks[0].attn.parameters())
+    recorded = run.config.record_depth and _evaluated_at(run.config, run.step + 1)
+    run.gradients = health.gradients(run.model, run.optimizer) if recorded else None
     grad_norm = run.optimizer.clip_grad_norm(run.config.optim.grad_clip)
     # One transfer from the device for all numbers.
     loss, grad_norm, grad_norm_first = torch.stack([total, grad_norm, first]).tolist()
@@ -220,6 +228,8 @@ class _Run:
         """Optimiser steps done."""
         self.evaluated = 0
         """The step of the last evaluation."""
+        self.gradients: health.Gradients | None = None
+        """Of the step before an evaluation, to be recorded with it."""
         self.best: dict | None = None
         self.latest: Path | None = None
         self.seconds_before = 0.0
@@ -234,14 +244,14 @@ class _Run:
             self.loader.load_state_dict(state["loader"])
             self.step, self.evaluated, self.best = state["step"], state["evaluated"], state["best"]
             self.seconds_before, self.peak_before = state["seconds"], state["peak_memory_bytes"]
+            if state.get("gradient_rms"):
+                self.gradients = health.Gradients(state["gradient_rms"], samples=[])
             self.latest = saved.folder
             # A process that died between these writes left them one checkpoint behind.
             record_best(self.checkpoints, self.best)
             prune_checkpoints(self.checkpoints, config.keep_last)
         self.display = _Display(self, quiet)
-        self.logs = _Logs(
-            run_dir, config, self.step, state["offsets"] if state else {"metrics": 0, "timing": 0}
-        )
+        self.logs = _Logs(run_dir, config, self.step, state["offsets"] if state else {})
 
         # Last, as importing some libraries draws numbers. Nothing in training does; what somebody
         # adds one day shall repeat too.
@@ -302,6 +312,8 @@ class _Run:
             total += loss.double() * targets.numel()
             count += targets.numel()
         loss = total.item() / count
+        if self.config.record_depth:
+            self.record_depth()  # also of a model whose loss is not finite: it shows where
         if not math.isfinite(loss):
             raise _not_finite(self, f"the validation loss after step {self.step} is {loss}")
         self.logs.metrics({"split": "val", "step": self.step, "tokens": self.tokens, "loss": loss})
@@ -312,6 +324,14 @@ class _Run:
         self.best = {"step": self.step, "val_loss": loss}
         return True
 
+    def record_depth(self) -> None:
+        """Log what the network does in depth."""
+        ids = health.text_of(self.val, self.config.model.seq_len).to(self.device)
+        found = health.measure(self.model, ids, self.autocast())
+        gradient_rms = self.gradients.rms if self.gradients else None
+        line = {"step": self.step, "tokens": self.tokens, **found.record, "gradient_rms": gradient_rms}
+        self.logs.depth(line, health.histograms(found, self.gradients))
+
     def save(self) -> None:
         """Make this step durable: first the metrics up to here, then the checkpoint, then drop old ones."""
         offsets = self.logs.sync()
@@ -321,6 +341,7 @@ class _Run:
             "loader": self.loader.state_dict(),
             "evaluated": self.evaluated,
             "best": self.best,
+            "gradient_rms": self.gradients.rms if self.gradients else None,
             "offsets": offsets,
             "seconds": self.seconds_before + time.monotonic() - self.began,
             "peak_memory_bytes": self.peak_memory(),
@@ -350,9 +371,9 @@ def build_model(config: TrainConfig, device: torch.device) -> GPT:
 
 def _finish(run: _Run) -> dict:
     """Write ``result.json`` from the files of the finished run."""
-    lines = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = _read_lines(run.run_dir / "metrics.jsonl")
     losses = [line["loss"] for line in lines if line["split"] == "train"]
-    timing = [json.loads(line) for line in (run.run_dir / "timing.jsonl").read_text().splitlines()]
+    timing = _read_lines(run.run_dir / "timing.jsonl")
     steps = run.config.steps
     peak = run.peak_memory()
     ids = torch.zeros(1, run.config.model.seq_len, dtype=torch.int64, device=run.device)
@@ -433,7 +454,7 @@ class _Appended:
 
 
 class _TensorBoard:
-    """Scalars as TensorBoard events, one file a process.
+    """Scalars, histograms and images as TensorBoard events, one file a process.
 
     Not torch's SummaryWriter: that writes from a thread of its own, in which a full disk ends in a
     traceback instead of a message.
@@ -460,16 +481,35 @@ class _TensorBoard:
         self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        entries = [self._summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
-        self._write(step=step, summary=self._summary(value=entries))
+        self._values([{"tag": tag, "simple_value": value} for tag, value in values.items()], step)
+
+    def histograms(self, values: dict[str, dict], step: int) -> None:
+        """Tag -> fields of a ``HistogramProto``."""
+        self._values([{"tag": tag, "histo": fields} for tag, fields in values.items()], step)
+
+    def images(self, values: dict[str, health.Picture], step: int) -> None:
+        self._values([{"tag": tag, "image": self._image(picture)} for tag, picture in values.items()], step)
+
+    def _image(self, picture: health.Picture):
+        return self._summary.Image(
+            width=picture.width, height=picture.height, colorspace=3, encoded_image_string=picture.png
+        )
+
+    def _values(self, entries: list[dict], step: int) -> None:
+        summary = self._summary(value=[self._summary.Value(**entry) for entry in entries])
+        self._write(step=step, summary=summary)
 
 
 class _Logs:
-    """metrics.jsonl, timing.jsonl, TensorBoard and, on request, Weights & Biases."""
+    """metrics.jsonl, timing.jsonl, depth.jsonl, TensorBoard and, on request, Weights & Biases.
+
+    ``offsets``: how much of each file the checkpoint being resumed counts on, in bytes.
+    """
 
     def __init__(self, run_dir: Path, config: TrainConfig, step: int, offsets: dict[str, int]):
-        self._metrics = _Appended(run_dir / "metrics.jsonl", offsets["metrics"])
-        self._timing = _Appended(run_dir / "timing.jsonl", offsets["timing"])
+        names = ("metrics", "timing", "depth") if config.record_depth else ("metrics", "timing")
+        self._files = {name: _Appended(run_dir / f"{name}.jsonl", offsets.get(name, 0)) for name in names}
+        self._depth_lines = _read_lines(run_dir / "depth.jsonl") if config.record_depth else []
         self._tensorboard = _TensorBoard(run_dir / "tensorboard", step)
         self._wandb = _wandb_run(run_dir, config)
 
@@ -477,20 +517,27 @@ class _Logs:
         return self
 
     def __exit__(self, *_):
-        for appended in (self._metrics, self._timing, self._tensorboard.file):
+        for appended in (*self._files.values(), self._tensorboard.file):
             appended.file.close()
         if self._wandb is not None:
             self._wandb.finish()
 
     def metrics(self, line: dict) -> None:
-        self._metrics.line(line)
+        self._files["metrics"].line(line)
         split = line["split"]
         values = {key: line[key] for key in line if key not in ("split", "step", "tokens")}
         self._show({f"{split}/{key}": value for key, value in values.items()}, line["step"])
 
     def timing(self, line: dict) -> None:
-        self._timing.line(line)
+        self._files["timing"].line(line)
         self._show({"train/tokens_per_s": line["tokens_per_s"]}, line["step"])
+
+    def depth(self, line: dict, histograms: dict[str, dict]) -> None:
+        self._files["depth"].line(line)
+        self._depth_lines.append(line)
+        self._show(health.scalars(line), line["step"])
+        self._tensorboard.histograms(histograms, line["step"])
+        self._tensorboard.images(health.images(self._depth_lines), line["step"])
 
     def _show(self, values: dict[str, float], step: int) -> None:
         self._tensorboard.scalars(values, step)
@@ -499,7 +546,7 @@ class _Logs:
 
     def sync(self) -> dict[str, int]:
         """Put every line on the disk; the lengths of the files in bytes."""
-        return {"metrics": self._metrics.sync(), "timing": self._timing.sync()}
+        return {name: appended.sync() for name, appended in self._files.items()}
 
 
 def _wandb_run(run_dir: Path, config: TrainConfig):
@@ -699,6 +746,10 @@ def _read_json(path: Path) -> dict:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RunError(f"{path} is damaged ({error}); restore it from a copy, or start a new run") from error
+
+
+def _read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _latest(run_dir: Path) -> Checkpoint | None:
