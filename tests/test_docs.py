@@ -141,3 +141,39 @@ def test_times_of_operations_are_those_of_the_file():
         ]
         n = "–" if problem["n"] is None else str(problem["n"])
         assert [n, f"{both['ms']:.1f}", f"{both['copies']:.1f}", *over] in found
+
+
+def test_the_watched_run_is_that_of_its_files():
+    import io
+
+    from PIL import Image, ImageChops
+    from rich.console import Console
+
+    from depthmix import health, watch
+
+    page, folder = text("watch.md"), ROOT / "results/watch/quick-mgr"
+    view = watch.View([watch.Followed(folder)])
+    view.look()
+    console = Console(file=io.StringIO(), width=80, highlight=False, color_system=None, legacy_windows=False)
+    console.print(view)
+    (screen,) = re.findall(r"```text\n(.*?)```", page, re.S)
+    shown = console.file.getvalue()
+    assert [line.rstrip() for line in shown.splitlines()] == screen.splitlines()
+    lines = [json.loads(line) for line in (folder / "depth.jsonl").read_text().splitlines()]
+    drawn = Image.open(io.BytesIO(health.images(lines)["depth/gate_mean over time"].png)).convert("RGB")
+    kept = Image.open(ROOT / "docs/img/watch-gates.png").convert("RGB")
+    # The map itself: letters are the drawing library's.
+    inside = (28, 30, 508, 350)
+    assert ImageChops.difference(drawn.crop(inside), kept.crop(inside)).getbbox() is None
+
+
+def test_the_cost_of_watching_is_that_of_the_file():
+    page = text("watch.md")
+    measured = json.loads((ROOT / "benchmarks/results/watch-cost-cpu.json").read_text())
+    assert (measured["preset"], measured["eval_interval"]) == ("quick", 60)
+    assert [row["residual"] for row in measured["rows"]] == ["prenorm", "mgr-competitive"]
+    for row in measured["rows"]:
+        pairs = f"× {row['ratio']:.3f} ({row['ratios'][0]:.3f} to {row['ratios'][-1]:.3f})"
+        cells = [f"{row['share']:.2%}", f"{row['ms_per_evaluation']:.0f} ms", pairs]
+        assert rows(page, f"`{row['residual']}`") == [cells]
+        assert row["largest_share"] < 0.02

@@ -644,7 +644,7 @@ def test_a_file_that_grows_and_is_cut_back(folder):
 
 def test_lines_that_cannot_be_read(recorded):
     with open(recorded.folder / "depth.jsonl", "ab") as file:
-        file.write(b"\xff\xfe\n[1, 2]\n{}\n")
+        file.write(b'\xff\xfe\n[1, 2]\n{"step": 11}\n')
     text = watch_text(watch.Followed(recorded.folder), 80)
     assert "warning: depth.jsonl: 3 lines cannot be read and left out" in text and "depth at step 10" in text
 

@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import statistics
+import textwrap
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,15 +104,24 @@ def _expand(path: Path) -> list[Path]:
 # --- what is there --------------------------------------------------------------------------------
 
 
+NEEDED = {
+    "metrics": {"split", "loss"},
+    "timing": {"seconds", "tokens_per_s"},
+    "depth": {"hidden_rms", "output_rms"},
+}
+"""What a line of each file must have, besides its step."""
+
+
 class Lines:
     """The lines that have come to a ``.jsonl`` file since the last look."""
 
     def __init__(self, path: Path):
         self.path = path
+        self.needed = NEEDED[path.stem]
         self.offset = 0
         self.last = b""
         self.unreadable = 0
-        """Whole lines that are no JSON object."""
+        """Whole lines that are none of a run."""
 
     def read(self) -> tuple[list[dict], bool]:
         """New whole lines, and whether they replace all that came before: a resumed run has cut the file back.
@@ -137,9 +147,11 @@ class Lines:
         for line in whole:
             try:
                 value = json.loads(line)
-                # What has no step is no line of a run.
-                values.append({**value, "step": int(value["step"])})
-            except (ValueError, TypeError, KeyError):
+            except ValueError:
+                value = None
+            if isinstance(value, dict) and isinstance(value.get("step"), int) and value.keys() >= self.needed:
+                values.append(value)
+            else:
                 self.unreadable += 1
         return values, anew
 
@@ -297,18 +309,17 @@ def view_of(
         below = [Text("nothing recorded of the depth yet: that is done at evaluations", "dim")]
     else:
         below = [Text("no record of the depth: the run was made without one", "dim")]
-    below += [_cut(f"warning: {text}", width, "yellow") for text in warnings(run)]
+    for text in warnings(run):
+        below += _wrapped(f"warning: {text}", width, "yellow")
     if run.diverged:
-        below.append(_cut(f"stopped: {run.diverged.get('message', '')}", width, "red"))
+        below += _wrapped(f"stopped: {run.diverged.get('message', '')}", width, "red")
     rows = 10 if height is None else min(10, height - len(head) - len(below) - 2)
     curve = _curve(run, width, rows, glyphs) if run.train and rows >= 3 else []
     return [*head, *curve, *below]
 
 
-def _cut(text: str, width: int, style: str) -> Text:
-    line = Text(text, style)
-    line.truncate(width)
-    return line
+def _wrapped(text: str, width: int, style: str) -> list[Text]:
+    return [Text(line, style) for line in textwrap.wrap(text, width)]
 
 
 def _flow(parts: list[Text], width: int) -> list[Text]:
@@ -372,10 +383,13 @@ def _head(run: Followed, width: int, glyphs: Glyphs) -> list[Text]:
         speeds = [line["tokens_per_s"] for line in [*run.timing.values()][-50:]]
         facts.append(_number("tokens/s", f"{statistics.median(speeds):,.0f}"))
     if run.train:
-        facts.append(_number("lr", f"{line['lr']:.2e}"))
-        if line.get("muon_lr") is not None:
-            facts.append(_number("muon lr", f"{line['muon_lr']:.2e}"))
-        facts.append(_number("gradient norm", f"{line['grad_norm']:.3g}"))
+        for key, name, form in (
+            ("lr", "lr", ".2e"),
+            ("muon_lr", "muon lr", ".2e"),
+            ("grad_norm", "gradient norm", ".3g"),
+        ):
+            if key in line:
+                facts.append(_number(name, f"{line[key]:{form}}"))
     return [*_flow(title, width), *_flow(progress, width), *_flow(facts, width)]
 
 
@@ -416,11 +430,16 @@ def _curve(run: Followed, width: int, rows: int, glyphs: Glyphs) -> list[Text]:
         step = 1 if y[x] >= before else -1
         for dot in [*range(before + step, y[x] + step, step)] or [y[x]]:
             grid[dot // down][x // across] |= _braille(x % across, dot % down)
-    draw = (lambda bits: chr(0x2800 + bits)) if across == 2 else (lambda bits: "*" if bits else " ")
+    shape = (lambda bits: chr(0x2800 + bits)) if across == 2 else (lambda bits: "*")
     lines = []
     for row, cells in enumerate(grid):
         name = f"{high:.2f}" if row == 0 else f"{low:.2f}" if row == rows - 1 else ""
-        lines.append(Text.assemble((f"{name:>{label}} ", "dim"), ("".join(map(draw, cells)), "cyan")))
+        lines.append(
+            Text.assemble(
+                (f"{name:>{label}} ", "dim"),
+                ("".join(shape(bits) if bits else " " for bits in cells), "cyan"),
+            )
+        )
     for step, loss in val.items():
         row = int(height(loss).round()) // down
         column = (step - 1) * (columns - 1) // max(1, run.steps - 1)
