@@ -4,6 +4,7 @@
 :func:`write_diagnosis` writes the report. Blocks, sublayers, streams, texts and positions count from 0.
 """
 
+import itertools
 import json
 import os
 import tempfile
@@ -49,8 +50,8 @@ def write_diagnosis(
         if drawn:
             if told is not None:
                 told(figure.title)
-            files[f"{figure.key}.png"] = figure.png(drawn)
-            sections.append(_section(figure, drawn, [run for run in runs if run not in drawn]))
+            files[f"{figure.key}.png"], svg, inches = figure.render(drawn)
+            sections.append(_section(figure, svg, inches, [run for run in runs if run not in drawn]))
     files["report.html"] = _page(runs, sections).encode()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -84,14 +85,20 @@ def summary(diagnosis: Diagnosis) -> dict:
                                             leaves it
     ``most_important_block`` ``_delta``     the block whose removal costs most, and the change of the loss in nats,
     ``_error``                              and its standard error; ``least_important_...`` the same
-    ``largest_activation``                  largest absolute value of the hidden state; where: ``largest_sublayer``,
-                                            ``_text``, ``_position``, ``_channel``, ``_token`` and ``_token_text``;
-                                            ``largest_to_median``: as a multiple of that sublayer's median
+    ``largest_hidden``                      largest absolute value of the hidden state; where:
+                                            ``largest_hidden_sublayer`` (read behind it), ``_text``, ``_position``,
+                                            ``_channel``, ``_token``, ``_token_text``; ``largest_hidden_to_median``:
+                                            as a multiple of the median there
+    ``largest_output``                      the same of what sublayers return
     ``massive``                             how many of the three largest values behind each sublayer are above 100
                                             and above 1000 times the median; ``massive_sublayers``,
                                             ``massive_channels``: which
     ``gate_mean`` ``gate_largest``          over all gates; ``gate_largest_sublayer``
-    ``static_streams``                      numbers of the streams; ``None`` without streams
+    ``static_streams``                      numbers of the streams; ``None`` without streams; ``static_scores``: largest
+                                            angular distance of each of them between two depths
+    ``strongest_source``                    the term of the trunk's output with the largest size, coefficient times root
+                                            mean square: 0 is the embedding, 1 + s is sublayer s; ``strongest_share``:
+                                            its share
     ``not_finite``                          sublayers with values that are not finite
     ======================================  ===================================================================
     """
@@ -101,7 +108,15 @@ def summary(diagnosis: Diagnosis) -> dict:
     found |= {name: diagnosis.text.get(name) for name in ("texts", "length", "source")}
     found["base_loss"] = _number(run["removal_base"]) if run.has("removal_base") else None
     return (
-        found | _closest(run) | _importance(run) | _largest(run) | _massive(run) | _gates(run) | _streams(run)
+        found
+        | _closest(run)
+        | _importance(run)
+        | _largest(run, "hidden")
+        | _largest(run, "output")
+        | _massive(run)
+        | _gates(run)
+        | _streams(run)
+        | _strongest(run)
     )
 
 
@@ -126,22 +141,25 @@ def _importance(run: Shown) -> dict:
     return found
 
 
-def _largest(run: Shown) -> dict:
+def _largest(run: Shown, what: str) -> dict:
+    """Of ``what``, ``"hidden"`` or ``"output"``."""
+    name = f"largest_{what}"
     parts = "text", "position", "channel", "token"
-    found = dict.fromkeys(["largest_activation", "largest_sublayer", *(f"largest_{part}" for part in parts)])
-    found |= {"largest_token_text": None, "largest_to_median": None}
-    if not run.has("top_hidden"):
+    found = dict.fromkeys(
+        [name, *(f"{name}_{part}" for part in ("sublayer", *parts, "token_text", "to_median"))]
+    )
+    if not run.has(f"top_{what}"):
         return found
-    top = run["top_hidden"]
+    top = run[f"top_{what}"]
     place = np.unravel_index(np.nanargmax(top), top.shape)
-    found["largest_activation"], found["largest_sublayer"] = float(top[place]), int(place[0])
+    found[name], found[f"{name}_sublayer"] = float(top[place]), int(place[0])
     for part in parts:
-        if f"top_hidden_{part}" in run.diagnosis:
-            found[f"largest_{part}"] = int(run.diagnosis[f"top_hidden_{part}"][place])
+        if f"top_{what}_{part}" in run.diagnosis:
+            found[f"{name}_{part}"] = int(run.diagnosis[f"top_{what}_{part}"][place])
     tokens = run.diagnosis.text.get("top_tokens") or {}
-    found["largest_token_text"] = tokens.get(str(found["largest_token"]))
-    if run.has("median_hidden") and run["median_hidden"][place[0]] > 0:
-        found["largest_to_median"] = float(top[place] / run["median_hidden"][place[0]])
+    found[f"{name}_token_text"] = tokens.get(str(found[f"{name}_token"]))
+    if run.has(f"median_{what}") and run[f"median_{what}"][place[0]] > 0:
+        found[f"{name}_to_median"] = float(top[place] / run[f"median_{what}"][place[0]])
     return found
 
 
@@ -172,11 +190,24 @@ def _gates(run: Shown) -> dict:
 
 def _streams(run: Shown) -> dict:
     has_streams = "static_streams" in run.diagnosis and run.diagnosis.subject.get("n_streams")
+    static = run.static if has_streams else None
     counts = run["not_finite"] if "not_finite" in run.diagnosis else np.zeros(0)
+    scores = [_number(run["static_score"][i]) for i in static] if static and run.has("static_score") else []
     return {
-        "static_streams": run.static if has_streams else None,
+        "static_streams": static,
+        "static_scores": scores,
         "not_finite": [int(s) for s in np.flatnonzero(counts > 0)],
     }
+
+
+def _strongest(run: Shown) -> dict:
+    found = dict.fromkeys(("strongest_source", "strongest_share"))
+    if run.has("mixing_matrix", "mixing_source_rms"):
+        sizes = np.abs(run["mixing_matrix"][-1]) * run["mixing_source_rms"]
+        if np.nansum(sizes) > 0:
+            found["strongest_source"] = int(np.nanargmax(sizes))
+            found["strongest_share"] = float(np.nanmax(sizes) / np.nansum(sizes))
+    return found
 
 
 Cell = tuple[str, str]
@@ -207,7 +238,8 @@ def _rows(found: dict) -> dict[str, Cell]:
                 f"{_signed(change)} nats" + ("" if error is None else f" ± {error:.4f}"),
             )
         )
-    rows["largest activation"] = _largest_cell(found)
+    rows["largest activation"] = _largest_cell(found, "hidden", "behind")
+    rows["largest output"] = _largest_cell(found, "output", "of")
     rows["massive activations"] = ("–", "")
     if found["massive"] is not None:
         places = f"behind {len(found['massive_sublayers'])} of {2 * found['n_layer']} sublayers"
@@ -220,8 +252,14 @@ def _rows(found: dict) -> dict[str, Cell]:
     static = found["static_streams"]
     rows["static streams"] = ("–", "")
     if static is not None:
-        names = f"stream{'s' * (len(static) > 1)} {_several(static)}" if static else ""
-        rows["static streams"] = f"{len(static)} of {found['n_streams']}", names
+        scores = [f" ({score:.3f})" if score is not None else "" for score in found["static_scores"]]
+        names = [f"stream {i}{s}" for i, s in itertools.zip_longest(static, scores, fillvalue="")]
+        rows["static streams"] = f"{len(static)} of {found['n_streams']}", ", ".join(names)
+    rows["largest part of the output"] = ("–", "")
+    if found["strongest_source"] is not None:
+        source = found["strongest_source"]
+        name = sublayer_name(source - 1) if source else "the embedding"
+        rows["largest part of the output"] = f"{found['strongest_share']:.1%}", name
     bad = found["not_finite"]
     rows["not finite"] = (
         f"{len(bad)} sublayers" if bad else "none",
@@ -230,20 +268,21 @@ def _rows(found: dict) -> dict[str, Cell]:
     return rows
 
 
-def _largest_cell(found: dict) -> Cell:
-    if found["largest_activation"] is None:
+def _largest_cell(found: dict, what: str, where: str) -> Cell:
+    value, ratio, sublayer, token, text = (
+        found[f"largest_{what}{part}"] for part in ("", "_to_median", "_sublayer", "_token", "_token_text")
+    )
+    if value is None:
         return "–", ""
-    ratio = found["largest_to_median"]
-    value = f"{found['largest_activation']:,.4g}" + ("" if ratio is None else f" ({ratio:,.0f} × median)")
-    parts = [f"behind {sublayer_name(found['largest_sublayer'])}"]
+    parts = [f"{where} {sublayer_name(sublayer)}"]
     for part in ("channel", "text", "position"):
-        if found[f"largest_{part}"] is not None:
-            parts.append(f"{part} {found[f'largest_{part}']}")
-    if found["largest_token"] is not None:
-        text = found["largest_token_text"]
-        shown = "" if text is None else f" {json.dumps(text[:40], ensure_ascii=False)}"
-        parts.append(f"token {found['largest_token']}{shown}")
-    return value, ", ".join(parts)
+        if found[f"largest_{what}_{part}"] is not None:
+            parts.append(f"{part} {found[f'largest_{what}_{part}']}")
+    if token is not None:
+        parts.append(
+            f"token {token}" + ("" if text is None else f" {json.dumps(text[:40], ensure_ascii=False)}")
+        )
+    return f"{value:,.4g}" + ("" if ratio is None else f" ({ratio:,.0f} × median)"), ", ".join(parts)
 
 
 def _text_of(found: dict) -> str:
@@ -324,6 +363,15 @@ a { color: var(--blue); }
 """
 
 
+_NOTES = (
+    "Blocks, sublayers, streams, texts and positions count from 0, as in the arrays. Worst angular similarity: the "
+    "smallest mean distance, arccos(cosine) / π, between the hidden states before and behind a block. Importance: "
+    "change of the mean loss when the block writes nothing. Massive activations: those above 100 and above 1000 times "
+    "the median, of the three largest of the hidden state behind each sublayer. Static streams: in brackets their "
+    "largest angular distance between two depths. Parts of the output: by coefficient times root mean square."
+)
+
+
 def _page(runs: list[Shown], sections: list[str]) -> str:
     tables = [_rows(summary(run.diagnosis)) for run in runs]
     links = "".join(
@@ -333,10 +381,7 @@ def _page(runs: list[Shown], sections: list[str]) -> str:
     )
     parts = [
         _measures(runs, tables),
-        '<p class="soft">Blocks, sublayers, streams, texts and positions count from 0, as in the arrays. Worst angular '
-        "similarity: the smallest mean distance (arccos(cosine) / π) between the hidden states before and behind a "
-        "block. Importance: change of the mean loss when the block writes nothing. Activations: of the hidden state, "
-        "three largest behind each sublayer; massive: above 100 and above 1000 times the median.</p>",
+        f'<p class="soft">{page._text(_NOTES)}</p>',
         _not_finite(runs),
         _list("Warnings", [(run.label, line) for run in runs for line in run.diagnosis.warnings]),
         f'<ul class="contents">{links}</ul>',
@@ -378,8 +423,7 @@ def _measures(runs: list[Shown], tables: list[dict[str, Cell]]) -> str:
     )
 
 
-def _section(figure: DiagnosisFigure, drawn: list[Shown], others: list[Shown]) -> str:
-    svg, inches = figure.svg(drawn)
+def _section(figure: DiagnosisFigure, svg: str, inches: float, others: list[Shown]) -> str:
     paper = f"Paper: {figure.paper}. " if figure.paper else ""
     without = f" Not in it: {', '.join(run.label for run in others)}." if others else ""
     return (
@@ -388,8 +432,7 @@ def _section(figure: DiagnosisFigure, drawn: list[Shown], others: list[Shown]) -
         f'<p class="soft">{page._text(f"{paper}For print: {figure.key}.png.{without}")}</p>\n</div>\n'
         # Letters keep a readable size: on a phone the drawing scrolls, on a wide page it ends.
         f'<figure class="drawing"><div style="min-width: {min(76 * inches, 940):.0f}px; '
-        f'max-width: {118 * inches:.0f}px">\n'
-        f"{svg}\n</div></figure>\n</section>"
+        f'max-width: {118 * inches:.0f}px">\n{svg}\n</div></figure>\n</section>'
     )
 
 

@@ -218,7 +218,7 @@ def power(value: float, _=None) -> str:
 
 def log_scale(ax, *arrays: np.ndarray, always: bool = False) -> None:
     """A logarithmic vertical axis where the positive values of ``arrays`` are far apart (or ``always``)."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     values = np.concatenate([np.ravel(a) for a in arrays]) if arrays else np.array([])
     values = values[values > 0]
@@ -237,6 +237,8 @@ def log_scale(ax, *arrays: np.ndarray, always: bool = False) -> None:
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,), numticks=8))
     ax.yaxis.set_major_formatter(formatter)
     ax.yaxis.set_minor_formatter(NullFormatter())
+    if high > 100 * low:
+        ax.yaxis.set_minor_locator(NullLocator())
 
 
 def draw_line(ax, x, y, **look) -> None:

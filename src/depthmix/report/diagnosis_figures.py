@@ -1,8 +1,9 @@
 """The figures of a diagnosis: what each needs, how it is read, and its drawings.
 
-:data:`FIGURES` lists them in the order of the page. Each is drawn twice, as :mod:`~depthmix.report.plots` does: as PNG
-for print and as SVG for the page. All runs are in one figure, on the same scales. Blocks, sublayers, streams and depths
-count from 0, as the arrays do; values that are not finite are not drawn, and sublayers that had any are shaded.
+:data:`FIGURES` lists them in the order of the page. Each becomes a PNG for print and, as
+:mod:`~depthmix.report.plots` does, an SVG for the page. All runs are in one figure, on the same scales. Blocks,
+sublayers, streams and depths count from 0, as the arrays do; values that are not finite are not drawn, and sublayers
+that had any are shaded.
 """
 
 import io
@@ -47,22 +48,19 @@ class DiagnosisFigure:
             return "no block can be removed: " + "; ".join(drawings.kept_because(run))
         return missing.get(self.key) or missing.get(self.group) or "nothing finite was measured"
 
-    def png(self, runs: list[Shown]) -> bytes:
-        """On white, for print."""
+    def render(self, runs: list[Shown]) -> tuple[bytes, str, float]:
+        """A PNG on white for print, an SVG element in the page's ink, and the width in inches of both."""
         buffer = io.BytesIO()
-        with drawing(INK):
-            figure = self.draw(runs, INK)
-            figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-        return buffer.getvalue()
-
-    def svg(self, runs: list[Shown]) -> tuple[str, float]:
-        """For the page, in its ink; and the width in inches at which its letters are those of print."""
         with drawing(_SVG_INK):
             figure = self.draw(runs, _SVG_INK)
+            figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+            # Where everything stands is found: most of the time of drawing goes there.
+            figure.set_layout_engine("none")
             figure.patch.set_alpha(0)
             for ax in figure.axes:
                 ax.patch.set_alpha(0)
-            return without_comments(inline_svg(figure, self.title)), figure.get_figwidth()
+            svg = without_comments(inline_svg(figure, self.title))
+        return buffer.getvalue(), svg, figure.get_figwidth()
 
 
 class MixingFigure(DiagnosisFigure):
@@ -71,14 +69,12 @@ class MixingFigure(DiagnosisFigure):
     def has(self, run):
         return super().has(run) and bool(np.isfinite(run["mixing_matrix"]).all())
 
-    def png(self, runs):
+    def render(self, runs):
+        panels = _maps(runs)
         with drawing(INK):
-            return mixing._drawn(_maps(runs), INK, "png", dpi=DPI, metadata={"Software": None})
-
-    def svg(self, runs):
-        with drawing(_SVG_INK):
-            svg = without_comments(mixing.svg(_maps(runs), self.title))
-        return svg, 3.3 * (2 if len(runs) == 1 else min(len(runs), mixing.COLUMNS)) + 0.9
+            png = mixing._drawn(panels, INK, "png", dpi=DPI, metadata={"Software": None})
+            svg = without_comments(mixing.svg(panels, self.title))
+        return png, svg, 3.3 * (2 if len(runs) == 1 else min(len(runs), mixing.COLUMNS)) + 0.9
 
 
 def _maps(runs: list[Shown]) -> list[mixing.Panel]:
