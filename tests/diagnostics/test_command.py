@@ -54,6 +54,7 @@ def test_two_runs_side_by_side(trained, tmp_path, capsys):
         assert np.isfinite(found["gradient_rms"]).all()
         assert all(isinstance(word, str) for word in found.text["top_tokens"].values())
     assert "gate_mean" in found and "streams" not in found.missing  # the last is MGR
+    assert found.subject["kept_because"] == {b: "it appends streams that later blocks read" for b in "01"}
     # The files alone are enough for the same report.
     again = tmp_path / "again"
     status, _, _ = run(capsys, out / "prenorm.npz", out / "mgr-competitive.npz", "--out", again)

@@ -99,6 +99,10 @@ def diagnose(
         found.warnings += [str(w.message) for w in said if issubclass(w.category, UserWarning)]
         found.seconds[part] = round(time.perf_counter() - start, 3)
         progress(part, 1.0)
+    if "removal_delta" in found:
+        without = np.flatnonzero(np.isnan(found["removal_delta"])).tolist()
+        reasons = {str(block): subject.kept_because(block) for block in without}
+        found.subject["kept_because"] = {block: why for block, why in reasons.items() if why}
     _name_what_is_missing(found, extent)
     _name_what_is_not_finite(found)
     if "top_hidden_token" in found:
