@@ -49,7 +49,7 @@ def test_process_help_version_and_error():
     assert wrong.returncode == 2 and wrong.stdout == ""
     assert wrong.stderr == (
         "depthmix: unknown verb 'trian'. Did you mean 'train'? "
-        "Valid: train, compare, depth-sweep, generate, map, bench, data, info\n"
+        "Valid: train, watch, compare, depth-sweep, generate, map, diagnose, bench, data, info\n"
     )
 
 
@@ -64,6 +64,7 @@ HELPS = {
     "depth-sweep": ["tokens", "Depths, in sublayers", "depthmix depth-sweep --residuals all"],
     "generate": ["New tokens at most", "depthmix generate runs/mgr"],
     "bench": ["Numbers of streams", "depthmix bench mgr-step"],
+    "watch": ["Seconds between two looks", "depthmix watch runs/mgr"],
     "map": ["Tokens that a map is the mean over", "depthmix map runs/prenorm"],
     "info": ["tokens", "depthmix info --preset M"],
 }

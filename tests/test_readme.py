@@ -37,6 +37,7 @@ def test_command_line(environment, tmp_path):
     assert {words[1] for words in listed} == {
         "info",
         "train",
+        "watch",
         "map",
         "generate",
         "data",

@@ -98,8 +98,9 @@ def signal_at_batch(monkeypatch, number: int, which=signal.SIGTERM) -> None:
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Byte-identical metrics and final tensors; every step timed once."""
-    assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+    """Byte-identical metrics, depth records and final tensors; every step timed once."""
+    for name in ("metrics.jsonl", "depth.jsonl"):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
     last = [latest_checkpoint(run / "checkpoints") for run in (one, other)]
     assert last[0].name == last[1].name
     for name in TENSOR_FILES:
@@ -502,7 +503,7 @@ def test_terminated_at_random_moments(forker, config, tmp_path):
 
 @pytest.mark.parametrize(
     ("limit", "file"),
-    [(1500, "tensorboard/events.out.tfevents."), (12_000, "checkpoints/step-00000010"), (300, "config.json")],
+    [(1500, "tensorboard/events.out.tfevents."), (40_000, "checkpoints/step-00000010"), (300, "config.json")],
 )
 def test_no_room(forker, config, whole, tmp_path, limit, file):
     """The kernel lets no file grow past ``limit`` bytes, as a full disk does. With room again, the run
@@ -519,15 +520,15 @@ def test_no_room_for_metrics_after_a_checkpoint(forker, config, whole, tmp_path,
     """What was saved before the disk filled up is named, stays, and is where the run goes on."""
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        signal_at_batch(patch, 20)
+        signal_at_batch(patch, 21)  # when step 20 has been evaluated
         with pytest.raises(Interrupted):
             train(config, run, quiet=True)
     room = (run / "metrics.jsonl").stat().st_size + 300
-    # The limit holds for every file; checkpoints are larger, but the next is due in ten steps.
+    # The limit holds for every file; checkpoints are larger, but the next is due in nine steps.
     assert forker.run(config, run, resume=True, file_limit=room) == 1
     message = Path(f"{run}.message").read_text()
     assert f"{run / 'metrics.jsonl'}: File too large. The last checkpoint is " in message
-    assert "step-00000020; once that is mended, go on with --resume" in message
+    assert "step-00000021; once that is mended, go on with --resume" in message
     assert forker.run(config, run, resume=True) == 0
     assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
 

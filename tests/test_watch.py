@@ -392,8 +392,8 @@ def test_tensorboard_shows_curves_histograms_and_pictures(config, tmp_path, monk
     for tag, pick in (
         ("gate_mean/1 mlp", lambda line: line["gate_mean"][3]),
         ("gate_max/1 attn", lambda line: line["gate_max"][2]),
-        ("stream_rms/1 attn stream 2", lambda line: line["stream_rms"][2][1]),
-        ("pool_mean/0 attn source 1", lambda line: line["pool_mean"][0][0]),
+        ("stream_rms/1 attn stream 1", lambda line: line["stream_rms"][2][1]),
+        ("pool_mean/0 attn source 0", lambda line: line["pool_mean"][0][0]),
         ("hidden_rms/0 mlp", lambda line: line["hidden_rms"][1]),
         ("output_rms/1 mlp", lambda line: line["output_rms"][3]),
         ("gradient_rms/block 1", lambda line: line["gradient_rms"][1]),
@@ -552,7 +552,7 @@ def test_the_numbers_are_those_of_the_files(recorded, width):
         assert part in text, part
     (gates, change, largest, one, two, read, output, gradient) = (
         next(line for line in text.splitlines() if line.startswith(label))
-        for label in ("gate mean", "  change", "gate largest", "stream 1", "stream 2", "read", "output", "gradient RMS")
+        for label in ("gate mean", "  change", "gate largest", "stream 0", "stream 1", "read", "output", "gradient RMS")
     )  # fmt: skip
     assert gates.endswith(" 0.08 to 0.4") and change.endswith(" -0.02 to +0.3")
     assert largest.endswith(" 0.18 to 0.5") and one.endswith(" 0.25 to 0.25") and two.endswith(" 0.125 to 1")
@@ -676,7 +676,7 @@ def test_states(recorded):
         ({"gate_mean": [2.0] * 8, "gate_range": [-1.0, 3.0]}, []),
         (
             {"gate_mean_stream": [None] + [[0.5, 1e-5, 0.5]] * 7},
-            ["stream 2 takes nothing in: its mean gates are all below 0.001"],
+            ["stream 1 takes nothing in: its mean gates are all below 0.001"],
         ),
         ({"gate_mean_stream": [None] + [[0.5, 1e-5]] * 6 + [[0.5, 0.5]]}, []),
         ({"gradient_rms": [1e-9, 1e-3, 2e-3, 1e-3]}, ["gradients hardly reach block 0: RMS 1e-09, in block 2 0.002"]),

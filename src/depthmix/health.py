@@ -178,7 +178,7 @@ def sublayer_name(sublayer: int) -> str:
 
 
 def scalars(line: dict) -> dict[str, float]:
-    """The finite numbers of a line of ``depth.jsonl`` by tag: ``gate_mean/3 attn``, ``stream_rms/3 mlp stream 1``."""
+    """The finite numbers of a line of ``depth.jsonl`` by tag: ``gate_mean/3 attn``, ``stream_rms/3 mlp stream 0``."""
     values = {}
     for key in _NUMBERS:
         values |= {f"{key}/{sublayer_name(i)}": x for i, x in enumerate(line.get(key, ()))}
@@ -186,7 +186,7 @@ def scalars(line: dict) -> dict[str, float]:
         lists = [entry or () for entry in line.get(key, ())]
         if max(map(len, lists), default=0) <= MOST_SCALARS:
             for i, entry in enumerate(lists):
-                values |= {f"{key}/{sublayer_name(i)} {what} {j + 1}": x for j, x in enumerate(entry)}
+                values |= {f"{key}/{sublayer_name(i)} {what} {j}": x for j, x in enumerate(entry)}
     values |= {f"gradient_rms/block {i}": x for i, x in enumerate(line["gradient_rms"] or ())}
     return {tag: x for tag, x in values.items() if x is not None}
 
@@ -232,7 +232,7 @@ def images(history: list[dict]) -> dict[str, "Picture"]:
             for i, entry in enumerate(rows):
                 values[i, : len(entry)] = [np.nan if x is None else x for x in entry]
             title = f"mean {kind} at step {line['step']:,}: sublayer down, {what} across"
-            pictures[f"depth/{kind}s by {what}"] = heat_map(values, title, ("1", str(width)))
+            pictures[f"depth/{kind}s by {what}"] = heat_map(values, title, ("0", str(width - 1)))
     shown = [history[i] for i in np.unique(np.linspace(0, len(history) - 1, HISTORY).round().astype(int))]
     for key, what in (
         ("gate_mean", "mean gate: sublayer"),

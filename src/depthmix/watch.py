@@ -240,7 +240,7 @@ def warnings(run: Followed) -> list[str]:
         by_stream = [entry for entry in line.get("gate_mean_stream", ()) if entry]
         for stream, values in enumerate(itertools.zip_longest(*by_stream)):
             if len(by_stream[0]) > 1 and all(x is not None and x < SHUT for x in values):
-                found.append(f"stream {stream + 1} takes nothing in: its mean gates are all below {SHUT:g}")
+                found.append(f"stream {stream} takes nothing in: its mean gates are all below {SHUT:g}")
     return found
 
 
@@ -486,7 +486,7 @@ def _depth(run: Followed, width: int, glyphs: Glyphs) -> list[Text]:
         largest = max((x for values in streams for x in values if x is not None), default=None)
         if len(streams) <= MOST_STREAMS:
             for number, values in enumerate(streams):
-                bars(f"stream {number + 1} RMS", values, largest)
+                bars(f"stream {number} RMS", values, largest)
         else:
             for what, of in (("least", min), ("most", max)):
                 values = [
