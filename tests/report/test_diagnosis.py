@@ -386,8 +386,21 @@ def test_missing_figures_are_named_with_their_reason(folder, make, few, tmp_path
     diagnosis.missing = {"gradients": "no gradient was asked for", "activations": "too <large>"}
     page = Page(report.write_diagnosis(tmp_path, [diagnosis]))
     assert "Gradient by block, prenorm: no gradient was asked for" in page.text
-    assert page.text.count("too <large>") == 1
+    assert "Largest activations, MLP, prenorm: too <large>" in page.text
+    # What the pass over all texts would have given, where that was not made.
+    assert "Gates, prenorm: too <large>" in page.text
     assert not (tmp_path / "gradients.png").exists() and not (tmp_path / "activations-mlp.png").exists()
+
+
+def test_weights_below_zero_have_their_colours(make):
+    """As DenseFormer may have them."""
+    plain, signed = make.fabricate("attnres", 2), make.fabricate("attnres", 2)
+    make.put(signed, pool_mean=np.where(np.isnan(signed["pool_mean"]), np.nan, -0.25))
+    for runs, limits in (([plain], (0, np.nanmax(plain["pool_mean"]))), ([signed], (-0.25, 0.25))):
+        with canvas.drawing(INK):
+            image = drawings.pools(shown(*runs), INK).axes[0].images[0]
+        assert image.get_clim() == limits
+    assert image.cmap(image.norm(-0.25))[:3] == image.cmap(0.0)[:3]
 
 
 def test_blocks_that_cannot_be_removed_have_their_reason(make):

@@ -79,7 +79,7 @@ def summary(diagnosis: Diagnosis) -> dict:
     ======================================  ===================================================================
     ``name`` ``residual`` ``detail``        of the model; so are ``parameters``, ``n_layer``, ``n_streams``
     ``texts`` ``length`` ``source``         of the text
-    ``base_loss``                           mean loss of the whole model, nats
+    ``base_loss``                           mean loss of the whole model, nats, on the first ``removal_texts``
     ``closest_block`` ``closest_distance``  smallest mean angular distance between consecutive depths of the hidden
                                             state (worst angular similarity): between what enters this block and what
                                             leaves it
@@ -105,7 +105,7 @@ def summary(diagnosis: Diagnosis) -> dict:
     run = Shown("", diagnosis)
     found = {name: diagnosis.subject.get(name) for name in ("name", "residual", "detail")}
     found |= {name: diagnosis.subject.get(name) for name in ("parameters", "n_layer", "n_streams")}
-    found |= {name: diagnosis.text.get(name) for name in ("texts", "length", "source")}
+    found |= {name: diagnosis.text.get(name) for name in ("texts", "length", "source", "removal_texts")}
     found["base_loss"] = _number(run["removal_base"]) if run.has("removal_base") else None
     return (
         found
@@ -220,7 +220,7 @@ def _rows(found: dict) -> dict[str, Cell]:
         "residual connection": (found["residual"], found["name"] if found["name"] != found["residual"] else ""),
         "text": (_text_of(found), found["source"] or ""),
         "parameters": (_count(found["parameters"]), _size(found)),
-        "mean loss": ("–" if found["base_loss"] is None else f"{found['base_loss']:.4f} nats", found["detail"] or ""),
+        "mean loss": (_loss(found), found["detail"] or ""),
         "worst angular similarity": ("–", ""),
     }  # fmt: skip
     if found["closest_block"] is not None:
@@ -289,6 +289,13 @@ def _text_of(found: dict) -> str:
     if found["texts"] is None or found["length"] is None:
         return "–"
     return f"{found['texts']:,} texts of {found['length']:,} tokens"
+
+
+def _loss(found: dict) -> str:
+    if found["base_loss"] is None:
+        return "–"
+    few = found["removal_texts"] not in (None, found["texts"])
+    return f"{found['base_loss']:.4f} nats" + (f" ({found['removal_texts']:,} texts)" if few else "")
 
 
 def _size(found: dict) -> str:

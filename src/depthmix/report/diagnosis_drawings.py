@@ -170,9 +170,7 @@ def removal(runs, ink):
     from matplotlib.patches import Patch
 
     figure, axes = grid_of(runs, [2.5], ink)
-    values = np.concatenate([run["removal_delta"] for run in runs])
-    values = values[np.isfinite(values)]
-    handles = {}
+    reach, handles = [], {}
     for run, (ax,) in zip(runs, axes, strict=True):
         delta = run["removal_delta"]
         x = np.arange(run.blocks)
@@ -182,8 +180,9 @@ def removal(runs, ink):
             colours[int(np.nanargmin(delta))], colours[int(np.nanargmax(delta))] = GREEN, RED
         error = run["removal_se"] if run.has("removal_se") else np.zeros(run.blocks)
         ax.bar(x[known], delta[known], 0.75, color=[c for c, k in zip(colours, known, strict=True) if k])
-        bars = {"fmt": "none", "ecolor": ink, "elinewidth": 0.8, "capsize": 1.5}
-        ax.errorbar(x[known], delta[known], np.nan_to_num(error[known]), **bars)
+        delta, error = delta[known], np.nan_to_num(error[known])
+        reach.append((delta, error))
+        ax.errorbar(x[known], delta, error, fmt="none", ecolor=ink, elinewidth=0.8, capsize=1.5)
         for index, (why, blocks) in enumerate(kept_because(run).items()):
             look = {"facecolor": "none", "edgecolor": ink, "hatch": ("////", "\\\\\\\\", "....")[index % 3]}
             for block in blocks:
@@ -197,7 +196,7 @@ def removal(runs, ink):
             )  # fmt: skip
         block_axis(ax, run.blocks, "block removed")
         ax.set_ylabel("change of log perplexity (nats)")
-    _removal_scale(axes[0][0], values)
+    _removal_scale(axes[0][0], *(np.concatenate(part) for part in zip(*reach, strict=True)))
     if any(np.isfinite(run["removal_delta"]).sum() > 1 for run in runs):
         handles = {"most important": Patch(color=RED), "least important": Patch(color=GREEN)} | handles
     show_legend(figure, handles)
@@ -205,18 +204,18 @@ def removal(runs, ink):
     return figure
 
 
-def _removal_scale(ax, values: np.ndarray) -> None:
+def _removal_scale(ax, values: np.ndarray, errors: np.ndarray) -> None:
     """Linear, or linear around zero and logarithmic beyond where one block outweighs all others."""
     from matplotlib.ticker import FuncFormatter, SymmetricalLogLocator
 
     size = np.abs(values)
-    low, high = min(0.0, values.min()), max(0.0, values.max())
+    low, high = min(0.0, (values - errors).min()), max(0.0, (values + errors).max())
     if size.max() > 20 * np.median(size) > 0:
         linear = 10.0 ** np.floor(np.log10(max(np.median(size), 1e-3)))
         ax.set_yscale("symlog", linthresh=linear, linscale=0.6)
         ax.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=linear))
         ax.yaxis.set_major_formatter(FuncFormatter(power))
-        ax.set_ylim(2.5 * low if low < -linear / 4 else -linear / 4, 3 * high)
+        ax.set_ylim(min(2.5 * low if low < -linear else 1.2 * low, -linear / 4), 3 * max(high, linear))
     elif high > low:
         ax.set_ylim(low - 0.1 * (high - low) * (low < 0), high + 0.18 * (high - low))
 
@@ -300,8 +299,7 @@ def gates(runs, ink):
     to, back = (np.sqrt, np.square) if low >= 0 else (np.asarray, np.asarray)
     for run, column in zip(runs, axes, strict=True):
         _gate_distribution(column[0], run, ink, to, back, low, high)
-        _gate_boxes(column[1], run, ink)
-        column[1].set_ylim(low - 0.02 * (high - low), high + 0.04 * (high - low))
+        _gate_boxes(column[1], run, ink, to)
         if run.has("gate_mean_stream"):
             _by_stream(column[2], places_of(range(2 * run.blocks)), run["gate_mean_stream"])
             column[2].set_ylabel("mean by stream")
@@ -310,9 +308,12 @@ def gates(runs, ink):
         for ax in column:
             sublayer_axis(ax, run)
             mark_not_finite(ax, run)
-    ticks = [t for t in (0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.7, 1, 2, 5, 10) if low <= t <= high]
-    if low >= 0 and len(ticks) > 2:
-        axes[0][0].set_yticks(to(np.array(ticks)), [f"{t:g}" for t in ticks])
+    ticks = [t for t in (0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.7, 1, 1.5, 2, 3, 5, 10) if low <= t <= high]
+    bottom, top = to(low), to(high)
+    for ax in axes[0][:2]:
+        if low >= 0:
+            ax.set_yticks(to(np.array(ticks)), [f"{t:g}" for t in ticks])
+        ax.set_ylim(bottom - 0.02 * (top - bottom), top + 0.03 * (top - bottom))
     if by_stream:
         log_scale(axes[0][2], *(run["gate_mean_stream"] for run in runs if run.has("gate_mean_stream")))
     outer_labels(axes)
@@ -354,12 +355,12 @@ def _gate_distribution(ax, run, ink, to, back, low, high, rows: int = 90) -> Non
     ax.set_ylabel("gate values")
 
 
-def _gate_boxes(ax, run, ink) -> None:
+def _gate_boxes(ax, run, ink, to) -> None:
     if not run.has("gate_quantiles", "gate_max"):
         ax.set_axis_off()
         return
     boxes, places = [], []
-    for s, (q5, q25, q50, q75, q95) in enumerate(run["gate_quantiles"]):
+    for s, (q5, q25, q50, q75, q95) in enumerate(to(run["gate_quantiles"])):
         if np.isfinite(q50):
             boxes.append({"whislo": q5, "q1": q25, "med": q50, "q3": q75, "whishi": q95, "fliers": []})
             places.append(s)
@@ -369,27 +370,35 @@ def _gate_boxes(ax, run, ink) -> None:
         boxprops={"facecolor": PALETTE[5], "edgecolor": ink, "linewidth": 0.6}, medianprops={**thin, "color": ink},
         whiskerprops=thin, capprops=thin,
     )  # fmt: skip
-    ax.plot(
-        places_of(range(2 * run.blocks)), run["gate_max"], "o", color="none", markeredgecolor=RED, markeredgewidth=0.8,
-        markersize=3.5, label="largest",
-    )  # fmt: skip
+    x = places_of(range(2 * run.blocks))
+    rings = {"color": "none", "markeredgecolor": RED, "markeredgewidth": 0.8, "markersize": 3.5}
+    ax.plot(x, to(run["gate_max"]), "o", label="largest", **rings)
     if run.has("gate_min"):
-        look = {"color": ink, "alpha": 0.7, "markersize": 3}
-        ax.plot(places_of(range(2 * run.blocks)), run["gate_min"], "_", label="smallest", **look)
+        ax.plot(x, to(run["gate_min"]), "_", label="smallest", color=ink, alpha=0.7, markersize=3)
     ax.set_ylabel("gate, box plot")
 
 
+def _pool_ticks(low: float, high: float) -> list[float]:
+    """Round weights that stand apart under the square root; of both signs where there are both."""
+    ticks = [t for t in (0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.7, 1, 2, 5) if t <= high]
+    ticks = [t for t in ticks if t == 0 or t > 0.01 * high]
+    return ticks if low >= 0 else [*(-t for t in ticks[:0:-1]), *ticks]
+
+
 def pools(runs, ink):
-    from matplotlib.colors import PowerNorm
+    from matplotlib.colors import FuncNorm
 
     figure, axes = grid_of(runs, [2.0, 1.3], ink, own=(0,))
+    low = min(np.nanmin(run["pool_mean"]) for run in runs)
+    high = max(np.nanmax(np.abs(run["pool_mean"])) for run in runs) or 1
     # By the square root: a weight among many sources is seen beside one among few.
-    norm = PowerNorm(0.5, 0, max(np.nanmax(run["pool_mean"]) for run in runs) or 1)
+    root = (lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda x: np.sign(x) * np.square(x))
+    look = {"cmap": "viridis" if low >= 0 else "RdBu", "norm": FuncNorm(root, 0 if low >= 0 else -high, high)}
     for run, (top, bottom) in zip(runs, axes, strict=True):
         pool = run["pool_mean"]
         image = top.imshow(
-            np.ma.masked_invalid(pool.T), cmap="viridis", norm=norm, origin="lower", aspect="auto",
-            interpolation="none", extent=(-0.5, run.blocks - 0.5, -0.5, pool.shape[1] - 0.5),
+            np.ma.masked_invalid(pool.T), origin="lower", aspect="auto", interpolation="none", **look,
+            extent=(-0.5, run.blocks - 0.5, -0.5, pool.shape[1] - 0.5),
         )  # fmt: skip
         frame(top, ink)
         top.set_yticks(ticks_of(pool.shape[1], 8))
@@ -406,7 +415,15 @@ def pools(runs, ink):
             sublayer_axis(ax, run)
     axes[0][1].set_ylim(-0.04, 1.06)
     outer_labels(axes, own=(0,))
-    colour_bar(figure, image, [column[0] for column in axes], "mean weight", ink, aspect=18)
+    colour_bar(
+        figure,
+        image,
+        [column[0] for column in axes],
+        "mean weight",
+        ink,
+        aspect=18,
+        ticks=_pool_ticks(low, high),
+    )
     legend(figure, flat(axes))
     return figure
 
@@ -438,10 +455,12 @@ def reconstruction(runs, ink):
     figure, axes = grid_of(runs, [2.1, 1.2], ink)
     for run, (top, bottom) in zip(runs, axes, strict=True):
         x = places_of(range(2 * run.blocks))
-        draw_line(top, x, run["reconstruction_measured"], color=PALETTE[0], label="measured")
+        exact = run["reconstruction_measured"] == 0  # as at anchors: no place on a logarithmic scale
+        measured = np.where(exact, np.nan, run["reconstruction_measured"])
+        draw_line(top, x, measured, color=PALETTE[0], label="measured")
         if run.has("reconstruction_predicted"):
             look = {"color": PALETTE[1], "linestyle": "--", "label": "bound"}
-            draw_line(top, x, run["reconstruction_predicted"], **look)
+            draw_line(top, x, np.where(exact, np.nan, run["reconstruction_predicted"]), **look)
         if run.has("reconstruction_anchor"):
             anchors = np.flatnonzero(np.nan_to_num(run["reconstruction_anchor"]) > 0)
             for ax in (top, bottom):

@@ -46,7 +46,9 @@ class DiagnosisFigure:
         missing = run.diagnosis.missing
         if self.key == "removal" and "removal_delta" in run.diagnosis:
             return "no block can be removed: " + "; ".join(drawings.kept_because(run))
-        return missing.get(self.key) or missing.get(self.group) or "nothing finite was measured"
+        # What has no part of its own comes from the pass over all texts.
+        own = missing.get(self.key) or missing.get(self.group)
+        return own or missing.get("activations") or "nothing finite was measured"
 
     def render(self, runs: list[Shown]) -> tuple[bytes, str, float]:
         """A PNG on white for print, an SVG element in the page's ink, and the width in inches of both."""
@@ -146,7 +148,7 @@ FIGURES = (
     DiagnosisFigure(
         "gates", "gates", "Gates", "Fig. 7 and 13",
         "Above all gate values of each sublayer (stronger: more of them) and their mean; then boxes from 25 to 75 %, "
-        "whiskers from 5 to 95 %, circles at the largest; below the mean of each stream.",
+        "whiskers from 5 to 95 %, circles at the largest, both by the square root; below the mean of each stream.",
         "Most gates below 0.1 and few circles near 1: then streams can be reconstructed by inversion. A stream whose "
         "gate stays near zero is not written.",
         ("gate_mean", "gate_max"), drawings.gates,
