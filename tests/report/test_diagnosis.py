@@ -278,16 +278,17 @@ def text_boxes(figure):
     return boxes
 
 
-def test_runs_share_their_scales(make):
+@pytest.mark.parametrize("key", ["activations-mlp", "removal", "rank"])
+def test_runs_share_their_scales(make, key):
     small, large = make.fabricate("prenorm", 3), make.fabricate("prenorm", 3, seed=1)
-    make.put(large, top_hidden=large["top_hidden"] * 1000, removal_delta=large["removal_delta"] * 30)
-    for key in ("activations-mlp", "removal", "rank"):
-        with canvas.drawing(INK):
-            axes = figures.FIGURES[KEYS.index(key)].draw(shown(small, large), INK).axes
-        assert (
-            len({ax.get_ylim() for ax in axes[:1]} | {ax.get_ylim() for ax in axes[len(axes) // 2 :][:1]})
-            == 1
-        )
+    for name in ("top_hidden", "removal_delta", "effective_rank"):
+        make.put(large, **{name: large[name] * 1000})
+    with canvas.drawing(INK):
+        axes = figures.FIGURES[KEYS.index(key)].draw(shown(small, large), INK).axes
+    name = {"activations-mlp": "top_hidden", "removal": "removal_delta", "rank": "effective_rank"}[key]
+    one, other = axes[0], axes[len(axes) // 2]
+    assert one is not other and one.get_ylim() == other.get_ylim()
+    assert one.get_ylim()[0] < small[name].min() and one.get_ylim()[1] > large[name].max()
 
 
 def test_distance_map_has_the_later_block_upwards():
