@@ -69,6 +69,8 @@ def main(argv: list[str]) -> int:
             )
     paths = [path for given in args.runs for path in _expand(Path(given))]
 
+    from rich.console import Console
+
     from ..device import find_device
     from ..report.diagnosis import print_summary, write_diagnosis
     from ..runs import file_name
@@ -95,7 +97,8 @@ def main(argv: list[str]) -> int:
         one.save(out / f"{file_name(one.subject['name'])}.npz")
     if not found:
         return EXIT_USAGE
-    written = write_diagnosis(out, found)
+    with Console(stderr=True).status("drawing") as status:
+        written = write_diagnosis(out, found, lambda title: status.update(f"drawing: {title}"))
     print_summary(found)
     for one in found:
         for warning in one.warnings:

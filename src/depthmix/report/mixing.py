@@ -79,9 +79,10 @@ def _drawn(panels: list[Panel], ink: str, kind: str, **options) -> bytes:
         shape = (1, 2) if len(panels) == 1 else (2 * len(lines), across)
         figure = Figure(figsize=(3.3 * shape[1] + 0.9, 3.45 * shape[0]), layout="compressed")
         FigureCanvasAgg(figure)
-        if kind == "svg":
-            figure.patch.set_alpha(0)
         axes = figure.subplots(*shape, squeeze=False)
+        if kind == "svg":  # on a page of any colour
+            for ground in (figure.patch, *(ax.patch for ax in axes.flat)):
+                ground.set_alpha(0)
         # What sublayers read sets the scale: the output may be a sum over streams, n times as large.
         sizes = [float(np.abs(panel.matrix[:-1]).max()) for panel in panels]
         limit_of_all = min(max(sizes), MOST_APART * min(sizes)) or 1.0
