@@ -177,3 +177,81 @@ def test_the_cost_of_watching_is_that_of_the_file():
         cells = [f"{row['share']:.2%}", f"{row['ms_per_evaluation']:.0f} ms", pairs]
         assert rows(page, f"`{row['residual']}`") == [cells]
         assert row["largest_share"] < 0.02
+
+
+def diagnosis_tables():
+    """The tables of docs/diagnostics.md, made from the stored arrays."""
+    from depthmix.diagnostics.arrays import Diagnosis
+    from depthmix.report.diagnosis import summary
+
+    folder = ROOT / "results" / "diagnosis"
+    names = "prenorm", "attnres", "mgr-independent", "mgr-competitive"
+    found = [Diagnosis.load(folder / "quick" / f"{name}-s0.npz") for name in names]
+    numbers = [summary(one) for one in found]
+
+    def line(title, cells):
+        return f"| {title} | " + " | ".join(cells) + " |"
+
+    def block(n, which):
+        return "block {} (+{:.4f} ± {:.4f})".format(
+            *(n[f"{which}_important_{k}"] for k in ("block", "delta", "error"))
+        )
+
+    quick = [
+        line("", [f"`{name}`" for name in names]),
+        "|---" * (1 + len(names)) + "|",
+        line("mean loss, nats", [f"{n['base_loss']:.4f}" for n in numbers]),
+        line("most important block, nats", [block(n, "most") for n in numbers]),
+        line("least important block, nats", [block(n, "least") for n in numbers]),
+        line(
+            "RMS behind block 0 and block 15",
+            ["{:.3f}, {:.3f}".format(*f["output_rms"][[0, -1]]) for f in found],
+        ),
+        line(
+            "gradient RMS, block 0 over block 15",
+            ["{:.1f}".format(f["gradient_rms"][0] / f["gradient_rms"][-1]) for f in found],
+        ),
+        line("largest activation", [f"{n['largest_hidden']:.2f}" for n in numbers]),
+        line("over the median there", [f"{n['largest_hidden_to_median']:.0f}" for n in numbers]),
+        line(
+            "smallest angular distance of a block",
+            [f"{n['closest_distance']:.4f}, block {n['closest_block']}" for n in numbers],
+        ),
+        line(
+            "mean and largest gate",
+            [
+                "–" if n["gate_mean"] is None else f"{n['gate_mean']:.4f}, {n['gate_largest']:.4f}"
+                for n in numbers
+            ],
+        ),
+        line(
+            "distance of the stillest stream",
+            [
+                "–"
+                if n["static_streams"] is None
+                else "{:.3f}, stream {}".format(min(f["static_score"]), f["static_score"].argmin())
+                for n, f in zip(numbers, found, strict=True)
+            ],
+        ),
+    ]
+    smol = Diagnosis.load(folder / "smollm2-135m.npz")
+    blocks = [0, 1, 2, 5, 9, 10, 11, 15, 20, 25, 27, 28, 29]
+    rows = [
+        "| block | median | largest | channel | position | over the median | removal, nats | angular distance |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for b in blocks:
+        s = 2 * b + 1
+        largest, median = smol["top_hidden"][s, 0], smol["median_hidden"][s]
+        rows.append(
+            f"| {b} | {median:.2f} | {largest:,.0f} | {smol['top_hidden_channel'][s, 0]} | "
+            f"{smol['top_hidden_position'][s, 0]} | {largest / median:,.0f} | {smol['removal_delta'][b]:.3f} ± "
+            f"{smol['removal_se'][b]:.3f} | {smol['angular_distance'][0, b, b + 1]:.3f} |"
+        )
+    return {"quick": "\n".join(quick), "smollm2": "\n".join(rows)}
+
+
+def test_diagnoses_are_those_of_the_files():
+    page = text("diagnostics.md")
+    for table in diagnosis_tables().values():
+        assert table in page

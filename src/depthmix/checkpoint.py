@@ -15,6 +15,7 @@ removed at the next save. Nothing is pickled, so loading a checkpoint cannot run
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -350,10 +351,13 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: MuonAdamW) -> N
 
 
 @torch.no_grad()
-def load_model(path: Path, device: str | torch.device = "cpu") -> tuple[nn.Module, TrainConfig]:
+def load_model(
+    path: Path, device: str | torch.device = "cpu", *, exact_gradients: bool = False
+) -> tuple[nn.Module, TrainConfig]:
     """The model of a run folder (its best checkpoint, else its newest) or of one checkpoint folder.
 
-    In evaluation mode, on ``device``, in the dtype it was trained in. Raises ``UserError`` when there
+    In evaluation mode, on ``device``, in the dtype it was trained in. With ``exact_gradients``, streams that training
+    reconstructed by inversion are replayed. Raises ``UserError`` when there
     is no checkpoint at ``path``, ``RunError`` when it is damaged.
     """
     from .model import GPT
@@ -370,6 +374,8 @@ def load_model(path: Path, device: str | torch.device = "cpu") -> tuple[nn.Modul
         )
     checkpoint = load_checkpoint(folder, training=False)
     config = checkpoint.config
+    if exact_gradients and config.model.stream_memory == "inversion":
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, stream_memory="replay"))
     with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten at once
         model = GPT(config.model, seed=config.seed)
     weights = _weights(model)

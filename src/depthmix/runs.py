@@ -52,7 +52,7 @@ def open_run(path: Path, device) -> OpenRun:
     # The choice of load_model, made here because the step is wanted too.
     checkpoints = path / "checkpoints"
     folder = (best_checkpoint(checkpoints) or latest_checkpoint(checkpoints)) or path
-    model, config = load_model(folder, device)
+    model, config = load_model(folder, device, exact_gradients=True)
     # A checkpoint lies in RUN/checkpoints.
     run = next((f for f in (path, *path.resolve().parents[:2]) if (f / "config.json").exists()), path)
     return OpenRun(run.resolve().name, _validation_loss(run, folder), model, config, run)

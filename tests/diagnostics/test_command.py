@@ -1,5 +1,6 @@
 """``depthmix diagnose`` on runs that were really trained."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -137,6 +138,24 @@ def test_a_checkpoint_of_an_unknown_connection(trained, tmp_path, capsys):
 def test_bad_requests(arguments, message, capsys, tmp_path):
     status, _, errors = run(capsys, *arguments, "--out", tmp_path / "o")
     assert status == 2 and message in errors and not (tmp_path / "o").exists()
+
+
+def test_gradients_are_exact_where_training_inverted(trained, tmp_path):
+    from depthmix.runs import open_run
+
+    command = (
+        f"train --preset quick --residual mgr-competitive --stream-memory inversion --n-layer 3 --d-model 16 "
+        f"--seq-len 32 --steps 1 --batch-size 4 --eval-tokens 64 --val-fraction 0.5 --quiet --tokenizer bpe:300 "
+        f"--device cpu --data {trained / 'text.txt'} --cache-dir {trained / 'cache'} --out {tmp_path / 'run'}"
+    )
+    assert cli.main(command.split()) == 0
+    model = open_run(tmp_path / "run", "cpu").model
+    store = GPT(dataclasses.replace(model.config, stream_memory="store"))
+    store.load_state_dict(model.state_dict())
+    ids = torch.randint(30, (2, 9), generator=torch.Generator().manual_seed(0))
+    gradients = [torch.autograd.grad(m(ids, ids)[1], [*m.parameters()]) for m in (model, store.eval())]
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_same_names_are_told_apart(trained, tmp_path, capsys):
