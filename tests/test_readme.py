@@ -39,6 +39,7 @@ def test_command_line(environment, tmp_path):
         "train",
         "watch",
         "map",
+        "diagnose",
         "generate",
         "data",
         "compare",
@@ -55,6 +56,7 @@ def test_command_line(environment, tmp_path):
     assert (tmp_path / "runs/first/report.html").exists()
     assert (tmp_path / "runs/small/report.html").exists()
     assert (tmp_path / "runs/first-map.png").exists()
+    assert (tmp_path / "runs/first-diagnosis/report.html").exists()
     assert (tmp_path / "runs/matched/report.html").exists()
     assert (tmp_path / "runs/depth/depth.html").exists()
 
