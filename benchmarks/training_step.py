@@ -30,7 +30,7 @@ from depthmix.info import describe
 from depthmix.presets import preset
 from depthmix.residuals import available_residuals
 
-ROUNDS = {"quick": 30, "xs": 9, "S": 5}
+ROUNDS = {"quick": 30, "xs": 15, "S": 11}
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Options:
     residuals: tuple[str, ...] = ()
     """Residual connections; PreNorm is always timed. Default: all."""
     rounds: int = 0
-    """Timed passes of each connection. 0: 30 for quick, 9 for xs, 5 for S."""
+    """Timed passes of each connection. 0: 30 for quick, 15 for xs, 11 for S."""
     threads: Annotated[int, arg(help_behavior_hint="(default: all cores)")] = os.cpu_count() or 1
     """CPU threads."""
     device: str = "cpu"

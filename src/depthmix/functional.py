@@ -261,7 +261,9 @@ def _norms_by_hand(x: Tensor) -> bool:
 
 def relu_squared(x: Tensor) -> Tensor:
     """``max(x, 0)^2``, elementwise (So et al. 2021)."""
-    return x.relu().square() if torch.compiler.is_compiling() else eager.ReLUSquared.apply(x)
+    if torch.compiler.is_compiling():
+        return x.relu().square()
+    return eager.ReLUSquared.apply(x) if torch.is_grad_enabled() else x.relu().square_()
 
 
 def attention_pool(

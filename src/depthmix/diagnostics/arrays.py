@@ -35,8 +35,8 @@ class Diagnosis:
     """What was found of one model."""
 
     subject: dict
-    """Of the model: ``name``, ``residual``, ``detail``, ``n_layer``, ``d_model``, ``n_streams``, ``parameters``; of its
-    blocks ``kept_because``: number -> why it cannot be removed."""
+    """Of the model: ``name``, ``label``, ``residual``, ``detail``, ``n_layer``, ``d_model``, ``n_streams``,
+    ``parameters``; of its blocks ``kept_because``: number -> why it cannot be removed."""
     text: dict
     """Of the text: ``texts``, ``length`` (tokens of each), ``source``; ``removal_texts``, ``gradient_texts``;
     ``top_tokens``: id -> text, of the tokens at the largest activations."""

@@ -208,6 +208,10 @@ class HuggingFaceSubject(Subject):
         return list(self.blocks[index].parameters())
 
     @contextlib.contextmanager
+    @property
+    def label(self):
+        return self.name
+
     def capture(self, patterns, to=None) -> Iterator[Captured]:
         wanted = wanted_points(patterns, point_names(self.n_layer))
         captured = Captured(self.n_layer, self.residual)

@@ -42,13 +42,18 @@ class Subject(ABC):
         return next(self.module.parameters()).device
 
     @property
+    def label(self) -> str:
+        """What it is called in a figure, where no other has the same."""
+        return self.residual
+
+    @property
     def parameters(self) -> int:
         """Number of parameters."""
         return sum(p.numel() for p in self.module.parameters())
 
     def describe(self) -> dict:
         """The ``subject`` of a :class:`~depthmix.diagnostics.arrays.Diagnosis`."""
-        names = "name", "residual", "detail", "n_layer", "d_model", "n_streams", "parameters"
+        names = "name", "label", "residual", "detail", "n_layer", "d_model", "n_streams", "parameters"
         return {name: getattr(self, name) for name in names}
 
     @abstractmethod

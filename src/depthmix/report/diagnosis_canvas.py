@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..diagnostics.arrays import Diagnosis
+from ..runs import distinct_labels
 from .plots import LINES, PALETTE, _settings
 
 ACROSS = 4
@@ -53,18 +54,9 @@ class Shown:
 
 
 def labels(diagnoses: list[Diagnosis]) -> list[str]:
-    """The connection's name; where several have the same, with the run's behind it."""
-    residuals = [d.subject["residual"] for d in diagnoses]
-    found = [
-        d.subject["residual"]
-        if residuals.count(d.subject["residual"]) == 1
-        else f"{d.subject['residual']} ({d.subject['name']})"
-        for d in diagnoses
-    ]
-    return [
-        label if found.count(label) == 1 else f"{label} #{found[: place + 1].count(label)}"
-        for place, label in enumerate(found)
-    ]
+    """What names each: its connection, or the model where that says more; of several alike, with the run's name."""
+    shown = [d.subject.get("label") or d.subject["residual"] for d in diagnoses]
+    return distinct_labels(shown, [d.subject["name"] for d in diagnoses])
 
 
 def sublayer_name(sublayer: int) -> str:
