@@ -255,3 +255,13 @@ def test_diagnoses_are_those_of_the_files():
     page = text("diagnostics.md")
     for table in diagnosis_tables().values():
         assert table in page
+
+
+def test_cost_of_a_diagnosis_is_that_of_the_file():
+    page = " ".join(text("diagnostics.md").split())
+    xs, large = json.loads((ROOT / "results/diagnosis/cost.json").read_text())["runs"]
+    seconds = {part: round(value) for part, value in xs["seconds"].items()}
+    assert f"takes {xs['wall_seconds']} seconds: {seconds['activations']} for the pass" in page
+    assert f"{seconds['removal']} for block removal on {xs['removal_texts']} of them" in page
+    assert f"{seconds['gradients']} for gradients on {xs['gradient_texts']}" in page
+    assert f"needs {large['peak_resident_gib']} GiB" in page
