@@ -157,6 +157,7 @@ def test_what_it_says_of_itself(pair):
     facts = subject.describe()
     assert facts == {
         "name": name,
+        "label": name,
         "residual": "prenorm",
         "detail": f"Hugging Face {type(model).__name__}"
         + (", attention and MLP in parallel" if name in PARALLEL else ""),

@@ -207,11 +207,11 @@ class HuggingFaceSubject(Subject):
     def block_parameters(self, index):
         return list(self.blocks[index].parameters())
 
-    @contextlib.contextmanager
     @property
     def label(self):
         return self.name
 
+    @contextlib.contextmanager
     def capture(self, patterns, to=None) -> Iterator[Captured]:
         wanted = wanted_points(patterns, point_names(self.n_layer))
         captured = Captured(self.n_layer, self.residual)
