@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 settings.register_profile("same every time", derandomize=True, deadline=None)
@@ -16,3 +17,22 @@ def pytest_ignore_collect(collection_path: Path, config):
     parts = collection_path.relative_to(config.rootpath).parts
     asked = config.getoption("markexpr")
     return True if any(name in parts and name not in asked for name in ON_REQUEST) else None
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Where two small runs lie, ``prenorm`` and ``mgr-competitive``, of four steps on ``text.txt`` beside them."""
+    from depthmix import cli
+
+    folder = tmp_path_factory.mktemp("runs")
+    text = folder / "text.txt"
+    text.write_text("".join(f"line {i}: {i * i % 97} {'ab' * (i % 7)}\n" for i in range(3000)))
+    for residual in ("prenorm", "mgr-competitive"):
+        command = (
+            f"train --preset quick --residual {residual} --n-layer 3 --d-model 16 --seq-len 32 --steps 4 "
+            f"--batch-size 4 --eval-tokens 64 --eval-interval 2 --val-fraction 0.5 --quiet "
+            f"--tokenizer bpe:300 --device cpu --data {text} --cache-dir {folder / 'cache'} "
+            f"--out {folder / residual}"
+        )
+        assert cli.main(command.split()) == 0
+    return folder

@@ -18,23 +18,6 @@ from depthmix.errors import UserError
 SMALL = "--texts 12 --length 16 --removal-texts 6 --gradient-texts 4 --batch 5 --device cpu".split()
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Two small runs, four steps each, on a text of their own."""
-    folder = tmp_path_factory.mktemp("runs")
-    text = folder / "text.txt"
-    text.write_text("".join(f"line {i}: {i * i % 97} {'ab' * (i % 7)}\n" for i in range(3000)))
-    for residual in ("prenorm", "mgr-competitive"):
-        command = (
-            f"train --preset quick --residual {residual} --n-layer 3 --d-model 16 --seq-len 32 --steps 4 "
-            f"--batch-size 4 --eval-tokens 64 --eval-interval 2 --val-fraction 0.5 --quiet "
-            f"--tokenizer bpe:300 --device cpu --data {text} --cache-dir {folder / 'cache'} "
-            f"--out {folder / residual}"
-        )
-        assert cli.main(command.split()) == 0
-    return folder
-
-
 def run(capsys, *arguments):
     status = cli.main(["diagnose", *map(str, arguments)])
     said = capsys.readouterr()

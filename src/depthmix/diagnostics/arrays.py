@@ -19,7 +19,7 @@ class Array:
 
     values: np.ndarray
     axes: tuple[str, ...]
-    """A name for every dimension; ``SCHEMA`` of :mod:`depthmix.diagnostics` says what each counts."""
+    """A name for every dimension; :mod:`depthmix.diagnostics` says what each counts."""
     unit: str
     """``"nats"``, ``"share"``, ``"count"``, ...; ``""`` where there is none."""
     about: str

@@ -9,14 +9,13 @@ from tyro.conf import Positional, arg
 
 from .. import flags
 from ..errors import EXIT_USAGE, RunError, UserError, suggest
+from . import PARTS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .arrays import Diagnosis
     from .subject import Subject
-
-PARTS = ("activations", "gradients", "removal", "mixing", "reconstruction")
 
 
 @dataclass(frozen=True)

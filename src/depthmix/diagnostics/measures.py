@@ -12,6 +12,7 @@ import fnmatch
 import functools
 import math
 import re
+from abc import ABC, abstractmethod
 
 import numpy as np
 import torch
@@ -56,7 +57,7 @@ def place(name: str) -> tuple[str, int]:
     return kind, 2 * int(block) + second
 
 
-class Measure:
+class Measure(ABC):
     """Something that is found in one pass."""
 
     points: tuple[str, ...] = ()
@@ -66,16 +67,16 @@ class Measure:
         self.subject, self.texts = subject, texts
         self.sublayers = 2 * subject.n_layer
 
+    @abstractmethod
     def see(self, kind: str, sublayer: int, value: Tensor, first: int, ids: Tensor) -> None:
         """One value ``[B, T, ...]`` of the batch ``ids [B, T]``, whose first text has number ``first``."""
-        raise NotImplementedError
 
-    def end_batch(self, first: int, ids: Tensor) -> None:
+    def end_batch(self, first: int, ids: Tensor) -> None:  # noqa: B027
         """All values of the batch have been seen."""
 
+    @abstractmethod
     def arrays(self) -> dict[str, Array]:
         """What was found."""
-        raise NotImplementedError
 
     def _empty(self, *shape: int) -> np.ndarray:
         return np.full((self.sublayers, *shape), np.nan)

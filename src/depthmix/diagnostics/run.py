@@ -9,18 +9,10 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import RunError, UserError
-from . import passes
+from . import PARTS, passes
 from .arrays import Diagnosis
 from .measures import measure
 from .subject import Subject
-
-PARTS = {
-    "activations": "magnitudes, distances, gates, pools, streams: one pass over all texts",
-    "gradients": "root mean square gradient of every block",
-    "removal": "change of the loss when a block writes nothing",
-    "mixing": "how much of every earlier output each sublayer reads",
-    "reconstruction": "error of streams reconstructed by inverting the gates",
-}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,6 @@ from torch import Tensor, nn
 from ..model import GPT
 from ..ops.reference import compute_dtype
 from .capture import Captured, capture
-
-if TYPE_CHECKING:
-    from ..config import TrainConfig
 
 Carry = Any
 """Whatever a model hands from block to block."""
@@ -119,9 +116,7 @@ class Subject(ABC):
 class Run(Subject):
     """A model of depthmix."""
 
-    def __init__(
-        self, model: GPT, config: "TrainConfig | None" = None, *, name: str, detail: str = "", tokenizer=None
-    ):
+    def __init__(self, model: GPT, *, name: str, detail: str = "", tokenizer=None):
         from ..runs import spec
 
         self.module, self.name, self.detail, self.tokenizer = model, name, detail, tokenizer

@@ -34,7 +34,6 @@ inline float along_source(const float* through, const float* x, float r, int64_t
     return dot(through, x, width) * r * r / -static_cast<float>(width);
 }
 
-constexpr int64_t chunk = 64;  // rows whose part of the bias's gradient is summed first, whatever the threads
 
 }  // namespace
 

@@ -7,12 +7,6 @@
 
 #include "storage.h"
 
-namespace {
-
-constexpr int64_t chunk = 64;  // rows whose part of the weight's gradient is summed first, whatever the threads
-
-}  // namespace
-
 extern "C" {
 
 // update and total may be null: x is normed as it is. total [N, D] has the dtype of x, and so has out.

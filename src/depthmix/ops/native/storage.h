@@ -154,6 +154,8 @@ inline void ask_for_large_pages(void* from, int64_t bytes) {
     if (from && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 }
 
+constexpr int64_t chunk = 64;  // rows whose part of a parameter's gradient is summed first, whatever the threads
+
 // dtypes as the callers number them
 enum : int64_t { float32 = 0, bfloat16 = 1, float16 = 2 };
 

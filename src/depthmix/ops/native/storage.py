@@ -10,6 +10,9 @@ from . import _load, available
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The number of each dtype in the sources."""
 
+CHUNK = 64
+"""Rows whose part of a parameter's gradient is summed first, whatever the threads: as in the sources."""
+
 
 @functools.cache
 def _has_half() -> bool:
@@ -24,6 +27,16 @@ def storable(*tensors: Tensor | None) -> bool:
         and available()
         and (_has_half() or all(x.dtype is not torch.float16 for x in given))
     )
+
+
+def typed(x: Tensor | None) -> tuple[Tensor | None, int]:
+    """A tensor and its dtype, as kernels take them."""
+    return x, 0 if x is None else DTYPES[x.dtype]
+
+
+def chunks(rows: int) -> int:
+    """Sums over so many rows that a parameter's gradient is added up from."""
+    return -(-rows // CHUNK)
 
 
 def fp32(x: Tensor | None) -> Tensor | None:
