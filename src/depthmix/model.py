@@ -184,7 +184,7 @@ class Block(nn.Module):
         next_norm=None,
         cut=False,
     ):
-        """``h [B, T, D]``, state -> ``(h, state)``; with ``cut``, what crosses a cut behind the block (:meth:`Site.send`).
+        """``h [B, T, D]``, state -> ``(h, state)``; with ``cut``, what crosses a cut behind it (:meth:`Site.send`).
 
         ``normed``: ``h`` has been through the attention's norm. ``next_norm``: the norm that what is returned is
         to go through; a site may apply it while it has h at hand. Neither given, a block needs no parameter

@@ -343,7 +343,7 @@ def _local(x: Tensor) -> Tensor:
 
 
 def _batches_of_one_shape(parameters: list[nn.Parameter]):
-    """Lists of parameters of one shape, divided over processes in one way, none with more than ``_BATCH_ELEMENTS`` elements in all."""
+    """Lists of parameters of one shape, spread over processes in one way, with at most ``_BATCH_ELEMENTS`` elements."""
     by_shape: dict[tuple, list[nn.Parameter]] = {}
     for parameter in parameters:
         key = parameter.shape, getattr(parameter, "placements", None)

@@ -4,7 +4,6 @@ As a script: ``torchrun ... steps.py CASES OUT`` takes the cases in the JSON fil
 ``OUT/CASE-RANK.pt`` with losses, gradient norms and whole weights. ``run`` is the same for one process.
 """
 
-import dataclasses
 import json
 import sys
 import warnings

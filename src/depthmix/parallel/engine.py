@@ -1,8 +1,8 @@
 """The gradients of one optimiser step, and losses of evaluation, whatever the plan.
 
-An engine holds this process's part of the model and knows how a batch goes through it. Every loss it returns is the mean
-over all tokens of all processes, the same bits on each; every gradient it leaves is that of this mean, complete up
-to sharding. The loop sees nothing else.
+An engine holds this process's part of the model and knows how a batch goes through it. Every loss it returns is the
+mean over all tokens of all processes, the same bits on each; every gradient it leaves is that of this mean, complete
+up to sharding. The loop sees nothing else.
 """
 
 from collections.abc import Callable, Iterable

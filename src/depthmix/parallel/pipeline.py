@@ -17,14 +17,14 @@ connection's state there and nothing else: for one token, in numbers,
 forwards, and as much backwards. What a connection keeps for its backward pass (anchors of replay, budgets of inversion)
 stays in its stage: a window begins behind a cut and ends in front of the next.
 
-**Cache.** With the interleaved schedule a process runs several stages, the first of them on the same micro-batch earlier
-than the others. Sources it has seen there and that have not changed since (:meth:`Residual.unchanged`) are taken from a
+**Cache.** With the interleaved schedule a process runs several stages, the first of them on the same micro-batch
+earlier than the others. Sources it has seen there and that have not changed since (:meth:`Residual.unchanged`) are taken from a
 :class:`Cache` and not sent again (Attention Residuals report, section 4): a boundary then carries what the pp - 1
 stages since then have added. Their gradients go the same way back: a later stage leaves them in the cache, where
 the backward pass of the earlier stage, which is always behind it, adds them to its own.
 
-**Tied embedding.** The first stage embeds and the last projects onto the same matrix. Both hold it, with the same initial
-values; their gradients are summed (:func:`depthmix.parallel.shard.sum_over_tied`), so both take the same steps.
+**Tied embedding.** The first stage embeds and the last projects onto the same matrix. Both hold it, with the same
+initial values; their gradients are summed (:func:`depthmix.parallel.shard.sum_over_tied`), so both take the same steps.
 """
 
 import copy
@@ -100,7 +100,9 @@ class GPTStage(nn.Module):
         cos, sin = rotary_part(self.rope_cos, self.rope_sin, 0, length, h)
         blocks = self.whole_blocks()
         if not self.blocks_apart:
-            state = self.residual.foresee(state, [s for b in blocks for s in (b.attn_site, b.mlp_site)])
+            sites = [site for block in blocks for site in (block.attn_site, block.mlp_site)]
+            # In front of a cut nothing is read.
+            state = self.residual.foresee(state, sites if self.last else sites[:-1])
         for i, block in zip(self.numbers, blocks, strict=True):
             if i == self.numbers.stop - 1 and not self.last:
                 crossed = tuple(x.contiguous() for x in block(h, state, cos, sin, cut=True))

@@ -1,7 +1,7 @@
 """The processes of one training: their groups, one answer for all of them, and whose fault it is when one is missing.
 
-A training is one process (:class:`World`) or many (:class:`ManyProcesses`, started by ``torchrun``, which says who is who
-in the environment). Both answer the same questions, so that the loop need not ask which it is.
+A training is one process (:class:`World`) or many (:class:`ManyProcesses`, started by ``torchrun``, which says who is
+who in the environment). Both answer the same questions, so that the loop need not ask which it is.
 
 **One answer.** Whatever decides how the loop goes on (a signal, a loss that is not finite, which checkpoint is the
 newest) is decided for all ranks at once: otherwise one of them would leave while the others wait.

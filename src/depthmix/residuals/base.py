@@ -32,8 +32,8 @@ is the state between the write and the read of site l, and no more than its tens
     send(y, state)      -> crossed    the write, in the process of sublayer l
     receive(crossed)    -> h, state   the read, in the process of sublayer l + 1
 
-The parameters that the read alone needs live with it, behind the cut (:attr:`Site.received`). What a connection keeps for
-its backward pass never crosses.
+The parameters that the read alone needs live with it, behind the cut (:attr:`Site.received`). What a connection keeps
+for its backward pass never crosses.
 
 A new connection is one file: subclass :class:`Residual` and :class:`Site`, decorate with
 :func:`~depthmix.residuals.registry.register`, import the file in ``residuals/__init__.py``.
@@ -154,8 +154,8 @@ class Residual(nn.Module):
     """Sublayers (1 .. L - 1) behind which a pipeline cuts; known before the first :meth:`site` is made."""
 
     crosses_by_head = False
-    """Whether tensors of four dimensions that cross a cut are ``[B, H, T, d]``, divided by heads under tensor parallelism
-    (everything else is divided by tokens)."""
+    """Whether tensors of four dimensions that cross a cut are ``[B, H, T, d]``, divided by heads under tensor
+    parallelism (everything else is divided by tokens)."""
 
     not_linear: str | None = None
     """Why inputs of sublayers are no linear mixture of earlier outputs; ``None`` where they are."""
