@@ -258,12 +258,12 @@ def discard(beside: Path) -> None:
     shutil.rmtree(beside, ignore_errors=True)
 
 
-def not_written(target: Path, why: str) -> RunError:
+ROOM = "Free some space or make the folder writable, then go on with --resume."
+
+
+def not_written(target: Path, why: str, advice: str = ROOM) -> RunError:
     """The error of a checkpoint that could not be written: what is left, and what to do."""
-    return RunError(
-        f"cannot write checkpoint {target}: {why}. {_what_is_kept(target.parent)} "
-        f"Free some space or make the folder writable, then go on with --resume."
-    )
+    return RunError(f"cannot write checkpoint {target}: {why}. {_what_is_kept(target.parent)} {advice}")
 
 
 def record_best(folder: Path, best: dict | None) -> None:
@@ -486,7 +486,8 @@ def check_is_folder(checkpoint: Path) -> None:
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: MuonAdamW) -> None:
     """Put weights, optimiser state and every random state back, in place and bit for bit.
 
-    A checkpoint without random states leaves them as they are: training draws no numbers. Raises ``RunError`` when the checkpoint does not fit the model or the optimiser.
+    A checkpoint without random states leaves them as they are: training draws no numbers.
+    Raises ``RunError`` when the checkpoint does not fit the model or the optimiser.
     """
     _copy_into(_weights(model), checkpoint.model, place(checkpoint.folder, "model"))
     _copy_into(optimizer.named_state(), checkpoint.optimizer, place(checkpoint.folder, "optimizer"))

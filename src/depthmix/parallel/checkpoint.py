@@ -21,6 +21,7 @@ their order, and training's are in another.
 import contextlib
 import json
 import math
+import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -46,8 +47,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.futures import Future
 
 from .. import checkpoint as files
@@ -91,18 +92,45 @@ def piece_of(name: str, tensor: Tensor) -> Piece | None:
         return Piece(tensor.detach(), (0,) * tensor.ndim, tuple(tensor.shape))
     if tensor.device_mesh.get_coordinate() is None:
         return None
-    if any(placement.is_partial() for placement in tensor.placements):
-        raise ValueError(f"{name} is a sum that is not done ({tensor.placements}): it cannot be saved")
-    shape = tuple(tensor.shape)
-    size, offsets = compute_local_shape_and_global_offset(shape, tensor.device_mesh, tensor.placements)
-    local = tensor.to_local().detach()
-    if tuple(local.shape) != tuple(size):
+    shape, local = tuple(tensor.shape), tensor.to_local().detach()
+    offsets, size = _box(name, tensor)
+    if tuple(local.shape) != size:
         raise ValueError(
-            f"{name} {list(shape)} is split unevenly by several dimensions of the mesh, {tensor.placements}: "
-            f"{list(local.shape)} here, {list(size)} by the placement"
+            f"{name} {list(shape)}, placed {tensor.placements}, is {list(local.shape)} here, not {list(size)}"
         )
     # A process whose share of an uneven split is empty holds nothing; an empty tensor is held by all.
-    return Piece(local, tuple(offsets), shape) if local.numel() or not math.prod(shape) else None
+    return Piece(local, offsets, shape) if local.numel() or not math.prod(shape) else None
+
+
+def _box(name: str, tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Where the local values begin in the whole tensor, and their shape.
+
+    Several dimensions of the mesh may split one dimension of the tensor: from left to right, save that FSDP2
+    splits what tensor parallelism, to its right, has left it, and says so by a strided placement. Either way
+    a split is ``torch.chunk``'s, of a box into boxes. What torch's own formula makes of such a placement is
+    another thing where the splits are uneven, and not where FSDP2 has put the values.
+    """
+    mesh, coordinate = tensor.device_mesh, tensor.device_mesh.get_coordinate()
+    placements = {i: found for i, found in enumerate(tensor.placements) if not found.is_replicate()}
+    strided = {i: found for i, found in placements.items() if isinstance(found, _StridedShard)}
+    plain = {i: found for i, found in placements.items() if i not in strided}
+    for i, found in placements.items():
+        if i in strided:
+            others = {j: mesh.size(j) for j in placements if j != i and placements[j].dim == found.dim}
+            usual = found.split_factor == math.prod(others.values()) and all(
+                j in plain and j > i for j in others
+            )
+        else:
+            usual = isinstance(found, Shard)
+        if not usual:
+            raise ValueError(f"{name} is placed {tensor.placements}, which no checkpoint can hold")
+    offsets, size = [0] * tensor.ndim, list(tensor.shape)
+    for i, found in (plain | strided).items():
+        chunk = -(-size[found.dim] // mesh.size(i))
+        begin = min(size[found.dim], chunk * coordinate[i])
+        offsets[found.dim] += begin
+        size[found.dim] = min(size[found.dim] - begin, chunk)
+    return tuple(offsets), tuple(size)
 
 
 def _pieces(tensors: dict[str, Tensor]) -> dict[str, Piece]:
@@ -146,7 +174,7 @@ def _together(group: dist.ProcessGroup | None, function: Callable[[], T]) -> lis
         try:
             dist.all_gather_object(outcomes, (value, error), group=group)
         except RuntimeError as lost:
-            raise _lost(group, lost) from lost
+            raise _Lost(group, lost) from lost
     errors = {rank: found for rank, (_, found) in enumerate(outcomes) if found is not None}
     for found in errors.values():
         if isinstance(found, Exception):
@@ -155,8 +183,13 @@ def _together(group: dist.ProcessGroup | None, function: Callable[[], T]) -> lis
     return [found for found, _ in outcomes]
 
 
-def _lost(group: dist.ProcessGroup, error: RuntimeError) -> _Failed:
-    return _Failed(f"rank {dist.get_rank(group)} lost another process, which died or took too long ({error})")
+class _Lost(_Failed):
+    """Another process does not answer: what this one saw of it."""
+
+    def __init__(self, group: dist.ProcessGroup, error: RuntimeError):
+        # Gloo wraps its sentence in a source line and in advice on reporting it.
+        said = re.sub(r"^(\[[^\]]*\]\s*)+|\. This is typically.*", "", str(error).splitlines()[0])
+        super().__init__(f"rank {dist.get_rank(group)} lost another, which died or took too long ({said})")
 
 
 def _raise_failures(failures: dict[int, str], ranks: int) -> None:
@@ -345,7 +378,7 @@ class ShardedCheckpoints:
             try:
                 self._plan(live)
             except (_Failed, ValueError) as failed:
-                raise files.not_written(self._target(step), str(failed)) from failed
+                raise self._not_written(step, failed) from failed
         trouble = text = None
         try:
             self._stage(live)
@@ -429,9 +462,13 @@ class ShardedCheckpoints:
             self._newest = self._write_all(step, state, trouble)
             _together(self._group, lambda: self._prune(best))
         except _Failed as failed:
-            self._error = files.not_written(self._target(step), str(failed))
+            self._error = self._not_written(step, failed)
         except Exception as error:
             self._error = error
+
+    def _not_written(self, step: int, error: Exception) -> RunError:
+        advice = "Go on with --resume." if isinstance(error, _Lost) else files.ROOM
+        return files.not_written(self._target(step), str(error), advice)
 
     def _write_all(self, step: int, state: str | None, trouble: Exception | None) -> Path:
         """Write and commit; the checkpoint. ``state`` is process 0's, as JSON."""
@@ -475,7 +512,7 @@ class ShardedCheckpoints:
             ranks = 1 if self._group is None else dist.get_world_size(self._group)
             _raise_failures({rank: _reason(found) for rank, (found, _) in error.failures.items()}, ranks)
         except RuntimeError as error:
-            raise _lost(self._group, error) from error
+            raise _Lost(self._group, error) from error
         return {f"{part}/{name}": entry for name, entry in writer.written.items()}
 
     def _commit(self, beside: Path | None, step: int, state: str | None, written: dict[str, dict]) -> None:
