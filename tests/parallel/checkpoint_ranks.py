@@ -1,4 +1,4 @@
-"""What the processes of ``test_sharded_checkpoint.py`` do: known tensors, placed in different ways, saved and loaded."""
+"""What the processes of ``test_sharded_checkpoint.py`` do: known tensors in many placements, saved and loaded."""
 
 import errno
 import json

@@ -97,8 +97,8 @@ def test_each_box_is_written_once_and_the_work_is_shared(saved):
     for file in sorted((saved / "model").iterdir()):
         with safe_open(file, "pt") as opened:
             begins = json.loads(opened.metadata()["DCP_SHARDING_INFO"])
-            boxes += [(name, *begins[name]["saved_offsets"]) for name in opened.keys()]  # noqa: SIM118
-            bytes_of.append(sum(opened.get_tensor(name).nbytes for name in opened.keys()))  # noqa: SIM118
+            boxes += [(name, *begins[name]["saved_offsets"]) for name in opened.keys()]
+            bytes_of.append(sum(opened.get_tensor(name).nbytes for name in opened.keys()))
     assert len(boxes) == len(set(boxes))
     total = sum(work.whole(name).nbytes for name in work.SHAPES if name not in work.OPTIMIZER)
     assert sum(bytes_of) == total and len(bytes_of) == 4 and max(bytes_of) < 1.3 * total / 4
@@ -226,8 +226,11 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("file", [f"{part}/shard-0000{n}.safetensors" for part in ("model", "optimizer") for n in (1, 2)]
-                         + ["state.json", "manifest.json"])  # fmt: skip
+@pytest.mark.parametrize(
+    "file",
+    [f"{part}/shard-0000{number}.safetensors" for part in ("model", "optimizer") for number in (1, 2)]
+    + ["state.json", "manifest.json"],
+)
 def test_damage_is_named(saved, tmp_path, file, damage):
     checkpoint = copy_of(saved, tmp_path)
     DAMAGES[damage](checkpoint / file)

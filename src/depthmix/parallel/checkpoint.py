@@ -94,12 +94,13 @@ def piece_of(name: str, tensor: Tensor) -> Piece | None:
         return None
     shape, local = tuple(tensor.shape), tensor.to_local().detach()
     offsets, size = _box(name, tensor)
+    if local.numel() == math.prod(size) == 0 < math.prod(shape):
+        return None  # an empty share of an uneven split
     if tuple(local.shape) != size:
         raise ValueError(
             f"{name} {list(shape)}, placed {tensor.placements}, is {list(local.shape)} here, not {list(size)}"
         )
-    # A process whose share of an uneven split is empty holds nothing; an empty tensor is held by all.
-    return Piece(local, offsets, shape) if local.numel() or not math.prod(shape) else None
+    return Piece(local, offsets, shape)
 
 
 def _box(name: str, tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
