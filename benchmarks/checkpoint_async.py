@@ -120,9 +120,9 @@ def main() -> None:
         "synchronous_seconds": round(statistics.median(pair[1][1] for pair in found["rounds"]), 4),
     }
     print(
-        f"{figures['bytes'] / 2**20:.0f} MiB by {options.processes} processes: save() blocks {figures['blocked_seconds']} s "
-        f"of {figures['whole_seconds']} s, {figures['ratio']:.1%} ({ratios[0]:.1%} to {ratios[-1]:.1%}); "
-        f"{figures['synchronous_seconds']} s when synchronous"
+        f"{figures['bytes'] / 2**20:.0f} MiB by {options.processes} processes: save() blocks "
+        f"{figures['blocked_seconds']} s of {figures['whole_seconds']} s, {figures['ratio']:.1%} "
+        f"({ratios[0]:.1%} to {ratios[-1]:.1%}); {figures['synchronous_seconds']} s when synchronous"
     )
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)

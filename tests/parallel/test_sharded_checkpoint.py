@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from depthmix import cli
 from depthmix.checkpoint import (
@@ -90,6 +92,38 @@ def test_one_process_without_a_group_saves_and_loads(tmp_path):
     zeros = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
     assert load_into(tmp_path / "step-00000001", *work.split(zeros))["step"] == 1
     assert all(torch.equal(zeros[name], tensors[name]) for name in tensors)
+
+
+def test_torchs_own_reader_reads_the_folders(saved):
+    tensors = {name: torch.zeros_like(work.whole(name)) for name in work.SHAPES if name not in work.OPTIMIZER}
+    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(saved / "model")), no_dist=True)
+    assert all(torch.equal(tensor, work.whole(name)) for name, tensor in tensors.items())
+
+
+def test_everything_is_synced_before_the_rename_and_the_folder_after(tmp_path, monkeypatch):
+    """What makes a checkpoint survive a power cut, which no test here can stage, is this order."""
+    calls = []
+    real_fsync, real_rename = os.fsync, os.rename
+
+    def fsync(descriptor):
+        calls.append(("fsync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        real_fsync(descriptor)
+
+    def rename(old, new):
+        calls.append(("rename", str(new)))
+        real_rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
+    with ShardedCheckpoints(tmp_path, keep_last=1) as checkpoints:
+        checkpoints.save(1, {"a": torch.ones(2)}, {"a:momentum": torch.ones(2)}, {"config": {}}, None)
+    beside, path = tmp_path / ".saving-step-00000001", tmp_path / "step-00000001"
+    written = [file.relative_to(path) for file in path.rglob("*")]
+    assert len(written) == 6  # two folders of one file each, state, manifest
+    renamed = calls.index(("rename", str(path)))
+    assert {call for call in calls[:renamed]} >= {("fsync", str(beside / name)) for name in written}
+    assert calls[renamed - 1] == ("fsync", str(beside))
+    assert calls[renamed + 1] == ("fsync", str(tmp_path))
 
 
 def test_each_box_is_written_once_and_the_work_is_shared(saved):

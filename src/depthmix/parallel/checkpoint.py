@@ -332,12 +332,7 @@ class ShardedCheckpoints:
         """Copies in CPU memory by part and name, used again at every save."""
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        newest = _together(self._group, self._newest_here)[0]
-        self._newest = None if newest is None else self.folder / newest
-
-    def _newest_here(self) -> str | None:
-        found = files.latest_checkpoint(self.folder) if self._rank == 0 else None
-        return None if found is None else found.name
+        self._newest = _newest(self._group, self.folder)
 
     def __enter__(self) -> "ShardedCheckpoints":
         return self
@@ -552,17 +547,19 @@ def _quiet(group: dist.ProcessGroup | None) -> Iterator[None]:
 
 def latest(folder: Path) -> Path | None:
     """The newest checkpoint in ``folder`` (RUN/checkpoints), chosen by process 0 for all."""
-    folder = Path(folder)
+    with _group_for_now() as group:
+        return _newest(group, Path(folder))
 
+
+def _newest(group: dist.ProcessGroup | None, folder: Path) -> Path | None:
     def choose() -> str | None:
         found = files.latest_checkpoint(folder) if group is None or dist.get_rank(group) == 0 else None
         return None if found is None else found.name
 
-    with _group_for_now() as group:
-        try:
-            name = _together(group, choose)[0]
-        except _Failed as failed:
-            raise RunError(f"cannot look for checkpoints in {folder}: {failed}") from failed
+    try:
+        name = _together(group, choose)[0]
+    except _Failed as failed:
+        raise RunError(f"cannot look for checkpoints in {folder}: {failed}") from failed
     return None if name is None else folder / name
 
 
