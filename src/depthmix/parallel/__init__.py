@@ -6,5 +6,6 @@
 ``shard``          a model on the processes of one stage: tensor and sequence parallel, FSDP2, DDP
 ``pipeline``       a model cut into stages, run by the schedules of ``torch.distributed.pipelining``
 ``engine``         the gradients of one step, whatever the plan
+``checkpoint``     checkpoints that all write together, in the background, and that any number reads
 =================  ================================================================================================
 """
