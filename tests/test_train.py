@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import depthmix.parallel.engine as engine_module
 import depthmix.train as train_module
 from depthmix import GPT
 from depthmix.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint, load_model, problem
@@ -352,7 +353,7 @@ def test_a_signal_during_evaluation(config, whole, tmp_path, monkeypatch):
 
     run = tmp_path / "parts"
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "eval_batches", signalling)
+        patch.setattr(engine_module, "eval_batches", signalling)
         for step in (10, 10):  # the second time at once
             with pytest.raises(Interrupted, match=f"SIGINT after step {step}"):
                 train(config, run, resume=run.exists(), quiet=True)
@@ -362,7 +363,7 @@ def test_a_signal_during_evaluation(config, whole, tmp_path, monkeypatch):
         train(config, run, resume=True, quiet=True)
     monkeypatch.setattr(train_module, "Loader", Loader)
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "eval_batches", lambda *args: (yield from signalling(*args)))
+        patch.setattr(engine_module, "eval_batches", lambda *args: (yield from signalling(*args)))
         with pytest.raises(Interrupted):
             train(config, run, resume=True, quiet=True)
     train(config, run, resume=True, quiet=True)
@@ -676,7 +677,7 @@ def test_a_validation_loss_that_is_not_finite(config, tmp_path, monkeypatch):
         for inputs, targets in eval_batches(*args):
             yield inputs, torch.full_like(targets, -100)  # the mean over no token at all
 
-    monkeypatch.setattr(train_module, "eval_batches", without_targets)
+    monkeypatch.setattr(engine_module, "eval_batches", without_targets)
     with pytest.raises(
         RunError, match="the validation loss after step 10 is nan; no checkpoint was saved yet"
     ):

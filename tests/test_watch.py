@@ -363,7 +363,7 @@ def test_a_loss_that_is_not_finite_leaves_a_record(config, tmp_path, monkeypatch
         for inputs, targets in eval_batches(*args):
             yield inputs, torch.full_like(targets, -100)
 
-    monkeypatch.setattr(train_module, "eval_batches", without_targets)
+    monkeypatch.setattr(engine_module, "eval_batches", without_targets)
     with pytest.raises(RunError, match="the validation loss after step 4 is nan"):
         train(config, tmp_path / "run", quiet=True)
     assert [line["step"] for line in lines(tmp_path / "run")] == [4]

@@ -69,7 +69,9 @@ def main(argv: list[str] | None = None) -> int:
         # tyro leaves with 0 after --help and 2 after a message.
         return request.code if isinstance(request.code, int) else EXIT_USAGE
     except (UserError, RunError, Interrupted) as error:
-        return _complain(str(error), error.exit_status)
+        return (
+            error.exit_status if getattr(error, "told", False) else _complain(str(error), error.exit_status)
+        )
     except KeyboardInterrupt:
         return _complain("stopped", EXIT_KEYBOARD)
     except BrokenPipeError:
@@ -87,7 +89,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _complain(message: str, status: int) -> int:
-    print(f"depthmix: {message}", file=sys.stderr)
+    rank = os.environ.get("RANK")
+    who = "" if rank is None or os.environ.get("WORLD_SIZE") == "1" else f"rank {rank}: "
+    print(f"depthmix: {who}{message}", file=sys.stderr)
     return status
 
 
@@ -155,6 +159,8 @@ class Train:
     """Print nothing but warnings and errors."""
     report: bool = True
     """Draw loss.png and report.html at the end."""
+    timeout: float = 600.0
+    """Under torchrun: seconds that processes wait for one of them before they give it up and end."""
 
 
 def _train(argv: list[str]) -> int:
@@ -171,14 +177,17 @@ def _train(argv: list[str]) -> int:
     config = flags.to_config(args.training)
     run_dir = Path(args.out or f"runs/{args.preset}-{folder_name(config.model.label)}-s{config.seed}")
 
+    from .parallel.world import speaks
     from .train import train
 
     try:
-        result = train(config, run_dir, resume=args.resume, quiet=args.quiet, report=args.report)
+        result = train(
+            config, run_dir, resume=args.resume, quiet=args.quiet, report=args.report, timeout_s=args.timeout
+        )
     except Interrupted as stop:
         again = f"depthmix train --out {shlex.quote(str(run_dir))} --resume"
         raise Interrupted(f"{stop}\ngo on with: {again}") from stop
-    if not args.quiet:
+    if not args.quiet and speaks():
         print(
             f"validation loss {result['val_loss']:.4f} nats (best {result['best_val_loss']:.4f} at step "
             f"{result['best_step']}), {result['tokens_per_s']:,.0f} tokens/s"

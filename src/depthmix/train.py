@@ -22,6 +22,11 @@ and one an evaluation (``"split": "val"``): step, tokens, loss. A run that ends 
 leaves ``diverged.json``, which says at which step. ``depth.jsonl`` has a line an evaluation too, of what the
 network does in depth (:mod:`depthmix.health`); it repeats like ``metrics.jsonl``.
 
+**Many processes.** Under ``torchrun`` every rank runs this loop on its part of the model and of the batch
+(:mod:`depthmix.parallel`). Whatever decides how the loop goes on is the same on all of them: losses and norms are those
+of all tokens, and a signal that one has received stops all after the same step. Rank 0 alone holds the folder, writes
+the logs and speaks.
+
 TensorBoard events are always written. Weights & Biases is used when the environment variable
 WANDB_PROJECT names a project (the extra ``wandb`` must be installed).
 """
@@ -40,19 +45,21 @@ import statistics
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from . import health
 from .checkpoint import (
-    Checkpoint,
     latest_checkpoint,
     load_checkpoint,
     prune_checkpoints,
+    read_state,
     record_best,
     restore,
     save_checkpoint,
@@ -60,67 +67,124 @@ from .checkpoint import (
     write_json,
 )
 from .config import TrainConfig, from_dict
-from .data import Loader, eval_batches, open_dataset, prepare
+from .data import Loader, open_dataset, prepare
 from .device import find_device
 from .errors import Interrupted, RunError, UserError
 from .info import parameter_counts
 from .memory import saved_bytes
 from .model import GPT
 from .ops import native
-from .optim import MuonAdamW, build_optimizer
+from .parallel.engine import Engine, build_engine
+from .parallel.plan import ParallelPlan
+from .parallel.world import TIMEOUT_S, ManyProcesses, World, launched
 
-MAY_CHANGE_ON_RESUME = ("device", "compile", "keep_last", "checkpoint_interval", "data.cache_dir")
+MAY_CHANGE_ON_RESUME = (
+    "device", "compile", "keep_last", "checkpoint_interval", "data.cache_dir", "parallel", "micro_batch",
+    "activation_checkpointing",
+)  # fmt: skip
 """Fields of the configuration that alter neither the training nor the metrics, beyond rounding on
-another device. Any other difference is refused: the result would be of no one configuration."""
+another device or in another order. Any other difference is refused: the result would be of no one configuration."""
 
 DIVERGED = "diverged.json"
 """In the folder of a run that ended because a loss was not finite: the step and the message."""
 
 
 def train(
-    config: TrainConfig, run_dir: Path, *, resume: bool = False, quiet: bool = False, report: bool = True
+    config: TrainConfig,
+    run_dir: Path,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+    report: bool = True,
+    timeout_s: float = TIMEOUT_S,
 ) -> dict:
     """Train ``config`` in ``run_dir`` and return what it also writes to ``result.json``.
 
     ``resume`` goes on from the newest checkpoint, or from the beginning where there is none yet; a
     finished run is returned as it is. ``quiet`` prints nothing. ``report`` draws ``loss.png`` and
-    ``report.html`` at the end.
+    ``report.html`` at the end. Under ``torchrun`` called by all processes, with a folder that all see; they divide the
+    work as ``config.parallel`` says, and wait at most ``timeout_s`` seconds for each other.
 
     Raises ``UserError`` for a folder in use or not empty, a configuration that differs from the one
-    being resumed, a device or data that do not exist; ``RunError`` when the loss is not finite, a
-    file cannot be written or a checkpoint is damaged; ``Interrupted`` after SIGINT, SIGTERM or SIGHUP,
-    once the step in progress is done and saved.
+    being resumed, a device or data that do not exist, a number of processes that does not fit; ``RunError`` when the
+    loss is not finite, a file cannot be written, a checkpoint is damaged or a process is lost, which it names;
+    ``Interrupted`` after SIGINT, SIGTERM or SIGHUP, once the step in progress is done and saved.
     """
     began = time.monotonic()
     run_dir = Path(run_dir)
-    _check_folder(run_dir, resume)
-    with _locked(run_dir):
-        _check_folder(run_dir, resume)
-        device = find_device(config.device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dataset = open_dataset(prepare(config.data, progress=not quiet and sys.stdout.isatty()))
-        config = _with_vocabulary(config, dataset.tokenizer.vocab_size)
-        if resume:
-            _check_same_config(config, run_dir / "config.json")
-            if (run_dir / "result.json").exists():
-                if report and not (run_dir / "report.html").exists():
-                    _report(run_dir)
-                return _read_json(run_dir / "result.json")
-        saved = _latest(run_dir) if resume else None
-        (run_dir / DIVERGED).unlink(missing_ok=True)
-        write_json(run_dir / "config.json", config.to_dict())
-        write_json(run_dir / "tokenizer.json", dataset.tokenizer.to_dict())
-        write_json(run_dir / "environment.json", _environment(device))
-        with _errors_named(run_dir):
-            run = _Run(config, run_dir, dataset, device, saved, quiet, began)
-            del saved  # its tensors are in the model by now: a second copy is not to be held all along
-            with run.logs, run.display, _StopSignals(quiet) as stop:
+    device = _own_device(config)
+    if launched():
+        # Before anybody waits for anybody: it may take hours, and not the same everywhere.
+        prepare(config.data)
+    with _open_world(config, device, timeout_s) as world, contextlib.ExitStack() as held:
+
+        def where() -> str:
+            latest = latest_checkpoint(run_dir / "checkpoints")
+            return (
+                f"The last checkpoint is {latest}; go on with --resume" if latest else "Nothing was saved yet"
+            )
+
+        def begin() -> dict | None:
+            """Hold the folder for this run and write what describes it; the result where it is finished."""
+            _check_folder(run_dir, resume)
+            held.enter_context(_locked(run_dir))
+            _check_folder(run_dir, resume)
+            dataset = open_dataset(prepare(config.data, progress=not quiet and sys.stdout.isatty()))
+            whole = _with_vocabulary(config, dataset.tokenizer.vocab_size)
+            if resume:
+                _check_same_config(whole, run_dir / "config.json")
+                if (run_dir / "result.json").exists():
+                    if report and not (run_dir / "report.html").exists():
+                        _report(run_dir)
+                    return _read_json(run_dir / "result.json")
+            (run_dir / DIVERGED).unlink(missing_ok=True)
+            write_json(run_dir / "config.json", whole.to_dict())
+            write_json(run_dir / "tokenizer.json", dataset.tokenizer.to_dict())
+            write_json(run_dir / "environment.json", _environment(device, world))
+            return None
+
+        with world.blame(where), _errors_named(run_dir):
+            finished = world.decide(begin)
+            if finished is not None:
+                return finished
+            dataset = open_dataset(prepare(config.data))
+            config = _with_vocabulary(config, dataset.tokenizer.vocab_size)
+            run = _Run(config, run_dir, dataset, device, world, resume, quiet, began)
+            with run.logs, run.display, run.checkpoints, _StopSignals(quiet or not world.first) as stop:
                 _loop(run, stop)
             result = _finish(run)
-    if report:
+    if report and world.first:
         _report(run_dir)
     return result
+
+
+def _own_device(config: TrainConfig) -> torch.device:
+    """The device of this process; of several on a machine with GPUs, each has its own."""
+    device = find_device(config.device)
+    if device.type == "cuda":
+        if launched() and device.index is None:
+            device = find_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+        torch.cuda.set_device(device)
+    return device
+
+
+@contextlib.contextmanager
+def _open_world(config: TrainConfig, device: torch.device, timeout_s: float) -> Iterator[World]:
+    """The processes of this run, agreed on the plan; left in peace when the run is through."""
+    if launched():
+        # Without a plan all are copies.
+        plan = ParallelPlan.parse(config.parallel or f"dp={os.environ['WORLD_SIZE']}")
+        plan.check(config)
+        world = ManyProcesses(plan, device.type, timeout_s)
+    else:
+        ParallelPlan.parse(config.parallel).check_processes(1)
+        world = World()
+    try:
+        yield world
+    except Interrupted:
+        world.close()
+        raise
+    world.close()
 
 
 # --- the loop -------------------------------------------------------------------------------------
@@ -138,17 +202,20 @@ def _loop(run: "_Run", stop: "_StopSignals") -> None:
         improved = False
         if run.evaluated < run.step and _evaluated_at(config, run.step):
             improved = run.evaluate(stop)
-        stopped = stop.received is not None and not (finished and run.evaluated == run.step)
+        stopped = run.world.any(stop.received is not None) and not (finished and run.evaluated == run.step)
         if improved or finished or stopped or _due(run.step, config.checkpoint_interval):
             run.save()
         if stopped:
-            raise Interrupted(f"stopped by {stop.received.name} after step {run.step}; saved {run.latest}")
+            by = stop.received.name if stop.received else "a signal to another process"
+            raise Interrupted(f"stopped by {by} after step {run.step}; saved {run.durable()}")
         if finished:
+            run.durable()
             return
 
         started = time.perf_counter()
         inputs, targets = run.next_batch()
         run.optimizer.set_lr_fraction(config.optim.lr_fraction(run.step, config.steps))
+        run.optimizer.zero_grad()
         loss, grad_norm, grad_norm_first = _gradients(run, inputs, targets)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise _not_finite(
@@ -171,22 +238,12 @@ def _gradients(run: "_Run", inputs: Tensor, targets: Tensor) -> tuple[float, flo
     """Mean loss over the step's tokens, and the norm of its gradient before clipping: whole, and of the
     first sublayer's parameters.
 
-    ``inputs`` and ``targets`` are ``[batch_size, T]``; all micro-batches are of one size, so the mean
-    of their mean losses is the mean over tokens.
+    ``inputs`` and ``targets`` are this process's ``[rows, T]``.
     """
-    run.optimizer.zero_grad()
-    micro = run.config.micro_batch or run.config.batch_size
-    share = micro / run.config.batch_size
-    total = torch.zeros((), device=run.device)
-    for micro_inputs, micro_targets in zip(inputs.split(micro), targets.split(micro), strict=True):
-        with run.autocast():
-            _, loss = run.forward(micro_inputs, micro_targets)
-        (loss * share).backward()
-        run.optimizer.collect_gradients()
-        total += loss.detach() * share
-    first = run.optimizer.grad_norm(run.model.blocks[0].attn.parameters())
-    recorded = run.config.record_depth and _evaluated_at(run.config, run.step + 1)
-    run.gradients = health.gradients(run.model, run.optimizer) if recorded else None
+    total = run.engine.backward(inputs, targets)
+    first = run.optimizer.grad_norm(run.engine.first_sublayer())
+    recorded = run.records_depth and _evaluated_at(run.config, run.step + 1)
+    run.gradients = health.gradients(run.engine.model, run.optimizer) if recorded else None
     grad_norm = run.optimizer.clip_grad_norm(run.config.optim.grad_clip)
     # One transfer from the device for all numbers.
     loss, grad_norm, grad_norm_first = torch.stack([total, grad_norm, first]).tolist()
@@ -194,13 +251,15 @@ def _gradients(run: "_Run", inputs: Tensor, targets: Tensor) -> tuple[float, flo
 
 
 def _not_finite(run: "_Run", what: str) -> RunError:
-    where = f"the last checkpoint is {run.latest}" if run.latest else "no checkpoint was saved yet"
+    latest = run.durable()
+    where = f"the last checkpoint is {latest}" if latest else "no checkpoint was saved yet"
     message = (
         f"{run.run_dir}: {what}; {where}. Training "
         f"repeats exactly, so --resume would end here again: start a new run with a lower --lr and "
         f"--muon-lr, more --warmup-steps, or --precision fp32"
     )
-    write_json(run.run_dir / DIVERGED, {"step": run.step, "message": what})
+    if run.world.first:
+        write_json(run.run_dir / DIVERGED, {"step": run.step, "message": what})
     return RunError(message)
 
 
@@ -210,19 +269,24 @@ def _not_finite(run: "_Run", what: str) -> RunError:
 class _Run:
     """Model, optimiser, data, logs and progress of one run, built fresh or from a checkpoint."""
 
-    def __init__(self, config, run_dir, dataset, device, saved: Checkpoint | None, quiet, began):
+    def __init__(self, config, run_dir, dataset, device, world: World, resume: bool, quiet, began):
         self.config: TrainConfig = config
         self.run_dir: Path = run_dir
         self.device: torch.device = device
+        self.world = world
         self.began = began
         self.val = dataset.val
         self.data = {"train": dataset.train.fingerprint, "val": dataset.val.fingerprint}
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        self.model = build_model(config, device)
-        self.forward = torch.compile(self.model) if config.compile else self.model
-        self.optimizer: MuonAdamW = build_optimizer(self.model, config.optim)
-        self.loader = Loader(dataset.train, config.model.seq_len, config.batch_size, config.seed)
+        self.engine: Engine = build_engine(
+            lambda cuts: build_model(config, device, cuts=cuts), config, world, device
+        )
+        self.optimizer = self.engine.optimizer
+        self.loader = Loader(
+            dataset.train, config.model.seq_len, self.engine.rows, config.seed,
+            rank=world.data_rank, world_size=world.plan.data_ways,
+        )  # fmt: skip
 
         self.step = 0
         """Optimiser steps done."""
@@ -232,8 +296,11 @@ class _Run:
         """Of the step before an evaluation, to be recorded with it."""
         self.best: dict | None = None
         self.latest: Path | None = None
+        """The newest checkpoint, perhaps still being written."""
         self.seconds_before = 0.0
         self.peak_before = 0
+        self.checkpoints = (_Checkpoints if world.size == 1 else _ManyCheckpoints)(self)
+        saved = self.checkpoints.open_latest() if resume else None
         state = None if saved is None else saved.state
         if state is not None:
             if state["data"] != self.data:
@@ -248,10 +315,13 @@ class _Run:
                 self.gradients = health.Gradients(state["gradient_rms"], samples=[])
             self.latest = saved.folder
             # A process that died between these writes left them one checkpoint behind.
-            record_best(self.checkpoints, self.best)
-            prune_checkpoints(self.checkpoints, config.keep_last)
-        self.display = _Display(self, quiet)
-        self.logs = _Logs(run_dir, config, self.step, state["offsets"] if state else {})
+            if world.first:
+                record_best(self.checkpoints.folder, self.best)
+                prune_checkpoints(self.checkpoints.folder, config.keep_last)
+        self.display = _Display(self, quiet or not world.first)
+        self.logs = _NoLogs()
+        if world.first:
+            self.logs = _Logs(run_dir, config, self.step, state["offsets"] if state else {})
 
         # Last, as importing some libraries draws numbers. Nothing in training does; what somebody
         # adds one day shall repeat too.
@@ -260,21 +330,32 @@ class _Run:
             np.random.seed(config.seed % 2**32)
             torch.manual_seed(config.seed)
         else:
-            restore(saved, self.model, self.optimizer)
-            if changed := _changes(state["environment"], _environment(device)):
+            self.checkpoints.restore(saved)
+            if changed := _changes(state["environment"], _environment(device, world)):
                 self.display.note(f"this machine is not as at the checkpoint, so bits may differ: {changed}")
+        if config.record_depth and not self.records_depth:
+            self.display.note(
+                "what the network does in depth is not recorded, as no process holds the whole model with fsdp, tp or "
+                "pp; depthmix diagnose shows it for any checkpoint"
+            )
 
     @property
-    def checkpoints(self) -> Path:
-        return self.run_dir / "checkpoints"
+    def records_depth(self) -> bool:
+        """Whether depth.jsonl gets a line an evaluation: where every process holds the whole model."""
+        plan = self.world.plan
+        return self.config.record_depth and plan.fsdp * plan.tp * plan.pp == 1
 
     @property
     def tokens(self) -> int:
         return self.step * self.config.tokens_per_step
 
-    def autocast(self):
-        """The context of every forward pass."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "autocast")
+    def parameter_counts(self) -> dict[str, int]:
+        """Of the whole model."""
+        if self.world.size == 1:
+            return parameter_counts(self.engine.model)
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return parameter_counts(GPT(self.config.model))
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
         inputs, targets = self.loader.next_batch()
@@ -300,19 +381,12 @@ class _Run:
 
         Given up, with nothing logged, when a signal arrives: what runs the job may not wait long.
         """
-        total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
-        micro = self.config.micro_batch or self.config.batch_size
-        for inputs, targets in eval_batches(
-            self.val, self.config.model.seq_len, micro, self.config.eval_tokens
-        ):
-            if stop.received is not None:
-                return False
-            with self.autocast():
-                _, loss = self.forward(inputs.to(self.device), targets.to(self.device))
-            total += loss.double() * targets.numel()
-            count += targets.numel()
-        loss = total.item() / count
-        if self.config.record_depth:
+        loss = self.engine.validate(
+            self.val, self.config.eval_tokens, lambda: self.world.any(stop.received is not None)
+        )
+        if loss is None:
+            return False
+        if self.records_depth and self.world.first:
             self.record_depth()  # also of a model whose loss is not finite: it shows where
         if not math.isfinite(loss):
             raise _not_finite(self, f"the validation loss after step {self.step} is {loss}")
@@ -327,13 +401,13 @@ class _Run:
     def record_depth(self) -> None:
         """Log what the network does in depth."""
         ids = health.text_of(self.val, self.config.model.seq_len).to(self.device)
-        found = health.measure(self.model, ids, self.autocast())
+        found = health.measure(self.engine.model, ids, self.engine.autocast())
         gradient_rms = self.gradients.rms if self.gradients else None
         line = {"step": self.step, "tokens": self.tokens, **found.record, "gradient_rms": gradient_rms}
         self.logs.depth(line, health.histograms(found, self.gradients))
 
     def save(self) -> None:
-        """Make this step durable: first the metrics up to here, then the checkpoint, then drop old ones."""
+        """Have this step made durable: first the metrics up to here, then the checkpoint, then drop old ones."""
         offsets = self.logs.sync()
         state = {
             "config": self.config.to_dict(),
@@ -345,23 +419,105 @@ class _Run:
             "offsets": offsets,
             "seconds": self.seconds_before + time.monotonic() - self.began,
             "peak_memory_bytes": self.peak_memory(),
-            "environment": _environment(self.device),
+            "environment": _environment(self.device, self.world),
         }
-        if self.latest is None or self.latest.name != f"step-{self.step:08d}":
-            self.latest = save_checkpoint(self.checkpoints, self.step, self.model, self.optimizer, state)
-        record_best(self.checkpoints, self.best)
-        prune_checkpoints(self.checkpoints, self.config.keep_last)
+        self.checkpoints.save(state)
+
+    def durable(self) -> Path | None:
+        """The newest checkpoint, whole on the disk."""
+        return self.checkpoints.wait()
 
     def peak_memory(self) -> int:
         """Bytes: of the device's allocator on CUDA, of the process's resident memory elsewhere."""
-        if self.device.type == "cuda":
-            return max(self.peak_before, torch.cuda.max_memory_allocated(self.device))
-        return max(self.peak_before, _peak_resident_bytes())
+        cuda = self.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(self.device) if cuda else _peak_resident_bytes()
+        return max(self.peak_before, int(self.world.max([peak])[0]))
 
 
-def build_model(config: TrainConfig, device: torch.device) -> GPT:
+class _Checkpoints:
+    """The checkpoints of a run of one process. A context: what is in flight at its end is finished."""
+
+    def __init__(self, run: _Run):
+        self.run, self.folder = run, run.run_dir / "checkpoints"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def open_latest(self) -> "_Saved | None":
+        newest = latest_checkpoint(self.folder)
+        return None if newest is None else _Saved(newest, load_checkpoint(newest))
+
+    def restore(self, saved: "_Saved") -> None:
+        # A second copy of its tensors is not to be held all along.
+        restore(saved.take(), self.run.engine.model, self.run.optimizer)
+
+    def save(self, state: dict) -> None:
+        run = self.run
+        if run.latest is None or run.latest.name != f"step-{run.step:08d}":
+            run.latest = save_checkpoint(self.folder, run.step, run.engine.model, run.optimizer, state)
+        record_best(self.folder, run.best)
+        prune_checkpoints(self.folder, run.config.keep_last)
+
+    def wait(self) -> Path | None:
+        return self.run.latest
+
+
+class _ManyCheckpoints(_Checkpoints):
+    """Those that all processes write together, while training goes on."""
+
+    def __init__(self, run: _Run):
+        from .parallel.checkpoint import ShardedCheckpoints
+
+        super().__init__(run)
+        self.writer = ShardedCheckpoints(
+            self.folder, keep_last=run.config.keep_last, timeout_s=run.world.timeout_s
+        )
+
+    def __exit__(self, kind, *_):
+        # When a process is lost, the thread that writes waits for it as well, and not longer.
+        if kind is None or issubclass(kind, Interrupted):
+            self.writer.close()
+
+    def open_latest(self):
+        newest = self.run.world.decide(lambda: latest_checkpoint(self.folder))
+        return None if newest is None else _Saved(newest, None)
+
+    def restore(self, saved):
+        from .parallel.checkpoint import load_into
+
+        load_into(saved.folder, self.run.engine.named_weights(), self.run.optimizer.named_state())
+
+    def save(self, state):
+        run = self.run
+        self.writer.save(run.step, run.engine.named_weights(), run.optimizer.named_state(), state, run.best)
+        run.latest = self.folder / f"step-{run.step:08d}"
+
+    def wait(self):
+        return self.writer.wait() or self.run.latest
+
+
+class _Saved:
+    """The checkpoint that a run goes on from."""
+
+    def __init__(self, folder: Path, checkpoint):
+        self.folder, self._checkpoint = folder, checkpoint
+        self.state = read_state(folder) if checkpoint is None else checkpoint.state
+
+    def take(self):
+        """The whole of it, once."""
+        checkpoint, self._checkpoint = self._checkpoint, None
+        return checkpoint
+
+
+def build_model(config: TrainConfig, device: torch.device, *, cuts: tuple[int, ...] = ()) -> GPT:
     """The model as it is trained: seeded weights, on ``device``, in bf16 for ``precision="bf16"``."""
-    model = GPT(config.model, seed=config.seed).to(device)
+    return _in_precision(GPT(config.model, seed=config.seed, cuts=cuts).to(device), config)
+
+
+def _in_precision(model: GPT, config: TrainConfig) -> GPT:
     if config.precision == "bf16":
         # Parameters only: tables of constants keep their precision.
         for parameter in model.parameters():
@@ -370,16 +526,17 @@ def build_model(config: TrainConfig, device: torch.device) -> GPT:
 
 
 def _finish(run: _Run) -> dict:
-    """Write ``result.json`` from the files of the finished run."""
+    """Write ``result.json`` from the files of the finished run; the same result on every process."""
+    peak = run.peak_memory()
+    return run.world.decide(lambda: _result(run, peak))
+
+
+def _result(run: _Run, peak: int) -> dict:
     lines = _read_lines(run.run_dir / "metrics.jsonl")
     losses = [line["loss"] for line in lines if line["split"] == "train"]
     timing = _read_lines(run.run_dir / "timing.jsonl")
     steps = run.config.steps
-    peak = run.peak_memory()
-    ids = torch.zeros(1, run.config.model.seq_len, dtype=torch.int64, device=run.device)
-    with run.autocast():
-        activations = saved_bytes(run.model, ids, ids)
-    counts = parameter_counts(run.model)
+    counts = run.parameter_counts()
     result = {
         "status": "finished",
         "residual": run.config.model.residual,
@@ -395,11 +552,23 @@ def _finish(run: _Run) -> dict:
         "best_step": run.best["step"],
         "tokens_per_s": statistics.median(t["tokens_per_s"] for t in timing if t["step"] > 0.1 * steps),
         "peak_memory_bytes": peak,
-        "saved_bytes_per_token": activations / ids.numel(),
+        "saved_bytes_per_token": _saved_bytes_per_token(run),
         "wall_seconds": run.seconds_before + time.monotonic() - run.began,
     }
     write_json(run.run_dir / "result.json", result)
     return result
+
+
+def _saved_bytes_per_token(run: _Run) -> float:
+    """Bytes of activations that one sequence leaves for its backward pass, over its tokens, in a whole model."""
+    config, model = run.config, run.engine.model
+    with contextlib.ExitStack() as stack:
+        if run.world.size > 1:  # numbers are not needed, and nobody may have them all
+            stack.enter_context(FakeTensorMode())
+            model = _in_precision(GPT(config.model, seed=config.seed), config)
+        ids = torch.zeros(1, config.model.seq_len, dtype=torch.int64, device=model.embed.weight.device)
+        with run.engine.autocast():
+            return saved_bytes(model, ids, ids) / ids.numel()
 
 
 def _report(run_dir: Path) -> None:
@@ -549,6 +718,24 @@ class _Logs:
         return {name: appended.sync() for name, appended in self._files.items()}
 
 
+class _NoLogs:
+    """What every process but the first logs."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def metrics(self, line: dict) -> None:
+        pass
+
+    timing = metrics
+
+    def sync(self) -> dict[str, int]:
+        return {}
+
+
 def _wandb_run(run_dir: Path, config: TrainConfig):
     """A Weights & Biases run when WANDB_PROJECT asks for one; the same one again at resume."""
     if not os.environ.get("WANDB_PROJECT"):
@@ -593,10 +780,14 @@ class _Display:
             self.task = self.live.add_task("", total=run.config.steps, completed=run.step)
 
     def __enter__(self):
-        config, count = self.run.config, sum(p.numel() for p in self.run.model.parameters())
+        if self.quiet:
+            return self
+        config, world = self.run.config, self.run.world
+        count = self.run.parameter_counts()["total"]
+        where = str(self.run.device) if world.size == 1 else f"{world.size} processes, {world.plan}"
         self.note(
             f"{config.model.label}: {count:,} parameters, {config.steps:,} steps of "
-            f"{config.tokens_per_step:,} tokens on {self.run.device}, in {self.run.run_dir}"
+            f"{config.tokens_per_step:,} tokens on {where}, in {self.run.run_dir}"
         )
         if self.run.step:
             self.note(f"going on from step {self.run.step:,}")
@@ -752,18 +943,14 @@ def _read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _latest(run_dir: Path) -> Checkpoint | None:
-    newest = latest_checkpoint(run_dir / "checkpoints")
-    return None if newest is None else load_checkpoint(newest)
-
-
-def _environment(device: torch.device) -> dict[str, str]:
+def _environment(device: torch.device, world: World) -> dict[str, str]:
     """What besides the configuration decides the bits and the speed."""
     cuda = device.type == "cuda"
     return {
         **versions(),
         "platform": platform.platform(),
-        "device": str(device),
+        "device": str(device) if world.size == 1 else device.type,
+        "parallel": str(world.plan),
         "device_name": torch.cuda.get_device_name(device) if cuda else platform.machine(),
         "cuda": str(torch.version.cuda) if cuda else "none",
         "threads": str(torch.get_num_threads()),

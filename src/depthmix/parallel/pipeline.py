@@ -18,9 +18,9 @@ forwards, and as much backwards. What a connection keeps for its backward pass (
 stays in its stage: a window begins behind a cut and ends in front of the next.
 
 **Cache.** With the interleaved schedule a process runs several stages, the first of them on the same micro-batch
-earlier than the others. Sources it has seen there and that have not changed since (:meth:`Residual.unchanged`) are taken from a
-:class:`Cache` and not sent again (Attention Residuals report, section 4): a boundary then carries what the pp - 1
-stages since then have added. Their gradients go the same way back: a later stage leaves them in the cache, where
+earlier than the others. Sources it has seen there and that have not changed since (:meth:`Residual.unchanged`) are
+taken from a :class:`Cache` and not sent again (Attention Residuals report, section 4): a boundary then carries what the
+pp - 1 stages since then have added. Their gradients go the same way back: a later stage leaves them in the cache, where
 the backward pass of the earlier stage, which is always behind it, adds them to its own.
 
 **Tied embedding.** The first stage embeds and the last projects onto the same matrix. Both hold it, with the same

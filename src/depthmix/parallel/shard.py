@@ -12,8 +12,8 @@ process, with a gradient that is the sum over the parts; one all-reduce a step a
 (:func:`sum_over_sequence`).
 
 **FSDP2** (``fully_shard``): each block is a unit, what is left of the stage another; with dp too, parameters are
-sharded over fsdp and copied over dp (HSDP). A block's parameters exist while it runs, so nobody may read them from outside:
-the norm of a block's attention is not fused into the block before, nor are Attention Residuals' queries
+sharded over fsdp and copied over dp (HSDP). A block's parameters exist while it runs, so nobody may read them from
+outside: the norm of a block's attention is not fused into the block before, nor are Attention Residuals' queries
 foreseen (:attr:`depthmix.GPT.blocks_apart`). **DDP** otherwise.
 """
 

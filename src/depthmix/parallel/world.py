@@ -192,16 +192,22 @@ class ManyProcesses(World):
         return values
 
     def decide(self, answer):
-        found = [None, None]
+        found, failed = [None, None], None
         if self.first:
             try:
                 found[0] = answer()
-            except (UserError, RunError, Interrupted) as error:
-                found[1] = (type(error), str(error))
+            except Exception as error:
+                failed = error
+                known = isinstance(error, (UserError, RunError, Interrupted))
+                found[1] = (type(error) if known else RunError, str(error))
         self._dist.broadcast_object_list(found, 0)
+        if failed is not None:
+            raise failed
         if found[1] is not None:
             kind, message = found[1]
-            raise kind(message)
+            error = kind(message)
+            error.told = True  # by the first process
+            raise error
         return found[0]
 
     def close(self):
