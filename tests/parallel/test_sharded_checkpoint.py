@@ -94,6 +94,7 @@ def test_one_process_without_a_group_saves_and_loads(tmp_path):
     assert all(torch.equal(zeros[name], tensors[name]) for name in tensors)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_torchs_own_reader_reads_the_folders(saved):
     tensors = {name: torch.zeros_like(work.whole(name)) for name in work.SHAPES if name not in work.OPTIMIZER}
     dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(saved / "model")), no_dist=True)
