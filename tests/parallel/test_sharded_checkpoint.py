@@ -21,6 +21,7 @@ from depthmix.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     problem,
+    read_state,
     save_checkpoint,
     write_one_file,
 )
@@ -273,6 +274,9 @@ def test_damage_is_named(saved, tmp_path, file, damage):
         load_checkpoint(checkpoint)
     assert str(checkpoint) in str(caught.value) and file in str(caught.value)
     assert "No whole checkpoint lies beside it" in str(caught.value)
+    if file.endswith(".json"):
+        with pytest.raises(RunError, match=file):
+            read_state(checkpoint)
 
 
 @pytest.mark.parametrize("file", ["model/shard-00003.safetensors", "manifest.json"])
