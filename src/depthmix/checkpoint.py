@@ -436,10 +436,13 @@ def damaged(checkpoint: Path, wrong: str) -> RunError:
 
 
 def read_state(checkpoint: Path) -> dict:
-    """``state.json`` of a checkpoint, whose hash was verified before.
+    """``state.json`` of a checkpoint, that file's hash verified.
 
-    Raises ``RunError`` for a format or layout that this version does not read.
+    Raises ``RunError`` when it is damaged, or of a format or layout that this version does not read.
     """
+    wrong = problem(checkpoint, ["state.json"])
+    if wrong is not None:
+        raise damaged(checkpoint, wrong)
     state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     if state.get("format") != FORMAT or state.get("layout", SHARDED) != SHARDED:
         raise RunError(

@@ -21,6 +21,7 @@ from depthmix.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     problem,
+    read_state,
     save_checkpoint,
     write_one_file,
 )
@@ -94,6 +95,7 @@ def test_one_process_without_a_group_saves_and_loads(tmp_path):
     assert all(torch.equal(zeros[name], tensors[name]) for name in tensors)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_torchs_own_reader_reads_the_folders(saved):
     tensors = {name: torch.zeros_like(work.whole(name)) for name in work.SHAPES if name not in work.OPTIMIZER}
     dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(saved / "model")), no_dist=True)
@@ -272,6 +274,9 @@ def test_damage_is_named(saved, tmp_path, file, damage):
         load_checkpoint(checkpoint)
     assert str(checkpoint) in str(caught.value) and file in str(caught.value)
     assert "No whole checkpoint lies beside it" in str(caught.value)
+    if file.endswith(".json"):
+        with pytest.raises(RunError, match=file):
+            read_state(checkpoint)
 
 
 @pytest.mark.parametrize("file", ["model/shard-00003.safetensors", "manifest.json"])
