@@ -2,19 +2,21 @@
 
 Run, on two processes of a CPU::
 
+    DS_ACCELERATOR=cpu torchrun --nproc-per-node=2 deepspeed_zero.py --stage 1
+    DS_ACCELERATOR=cpu torchrun --nproc-per-node=2 deepspeed_zero.py --stage 2
     DS_ACCELERATOR=cpu torchrun --nproc-per-node=2 deepspeed_zero.py --stage 3
     DS_ACCELERATOR=cpu torchrun --nproc-per-node=2 deepspeed_zero.py --stage 3 --built-in-shares
 
 What to know of ZeRO-3 with depthmix:
 
-* A module that reads a parameter of another is no trouble: DeepSpeed notices in the first forward pass, gathers the
-  parameter, and from then on gathers it with that module. The output layer reads the embedding so; a block, where it
-  is the unit, the first norm of the next; Attention Residuals the queries of all sites.
-* The block is the better unit. A site has a few vectors, and each unit is a message of its own. Also, a norm that DeepSpeed
-  hooks for itself is not fused with the step before it.
-* A model built within ``deepspeed.zero.Init`` must be initialised again, as :func:`built_in_shares` does. There,
-  every layer is cut up as soon as it exists: when ``GPT`` comes to draw its weights they are empty, nothing is
-  filled, nothing is said, and the model starts from torch's own defaults.
+* A module that reads a parameter of another is no trouble. DeepSpeed notices in the first forward pass, gathers the
+  parameter, and from then on gathers it with that module. The output layer reads the embedding like this, a block
+  the first norm of the next block, Attention Residuals the queries of all sites.
+* The block is the better unit (``set_z3_leaf_modules``). A site has a few vectors, and each unit is a message of its
+  own. Also, norms that are units themselves carry hooks, and are then not fused with the step before them.
+* A model built within ``deepspeed.zero.Init`` must be initialised again, as in :func:`built_in_shares`. Every layer
+  is cut up there as soon as it exists: when ``GPT`` comes to draw its weights they are empty, nothing is filled,
+  nothing is said, and matrices keep the values that torch gave them.
 """
 
 import deepspeed

@@ -13,8 +13,7 @@ from plain import CLIP, make_data, make_model, make_optimizer, options, report
 
 def main() -> None:
     args = options().parse_args()
-    fabric = Fabric()  # accelerator, devices and strategy are those of the command line
-    fabric.launch()
+    fabric = Fabric()  # accelerator, devices and strategy are the command line's
     model = make_model(args.residual)
     model, optimizer = fabric.setup(model, make_optimizer(model))
     data = make_data(args.data, fabric.global_rank, fabric.world_size)

@@ -52,7 +52,9 @@ def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
 def make_data(paths: list[str], rank: int = 0, world_size: int = 1) -> Loader:
     """This process's rows of every global batch, which is the same however many processes share it."""
     dataset = open_dataset(prepare(DataConfig(data=tuple(paths), tokenizer="byte")))
-    return Loader(dataset.train, SEQ_LEN, GLOBAL_BATCH // world_size, seed=0, rank=rank, world_size=world_size)
+    return Loader(
+        dataset.train, SEQ_LEN, GLOBAL_BATCH // world_size, seed=0, rank=rank, world_size=world_size
+    )
 
 
 def report(losses: list[float], out: str | None, processes: int = 1) -> None:
