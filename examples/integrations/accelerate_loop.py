@@ -2,7 +2,7 @@
 
 Run, on two processes of a CPU::
 
-    torchrun --nproc-per-node=2 accelerate_loop.py
+    torchrun --standalone --nproc-per-node=2 accelerate_loop.py
 
 With GPUs, ``accelerate launch accelerate_loop.py`` does as well. ``accelerate launch --cpu --num_processes 2`` does
 not: without an MPI it starts one process and says nothing.

@@ -2,10 +2,10 @@
 
 Run, on two processes of a CPU::
 
-    DS_ACCELERATOR=cpu torchrun --nproc-per-node=2 deepspeed_zero.py --stage 1
-    DS_ACCELERATOR=cpu torchrun --nproc-per-node=2 deepspeed_zero.py --stage 2
-    DS_ACCELERATOR=cpu torchrun --nproc-per-node=2 deepspeed_zero.py --stage 3
-    DS_ACCELERATOR=cpu torchrun --nproc-per-node=2 deepspeed_zero.py --stage 3 --built-in-shares
+    DS_ACCELERATOR=cpu torchrun --standalone --nproc-per-node=2 deepspeed_zero.py --stage 1
+    DS_ACCELERATOR=cpu torchrun --standalone --nproc-per-node=2 deepspeed_zero.py --stage 2
+    DS_ACCELERATOR=cpu torchrun --standalone --nproc-per-node=2 deepspeed_zero.py --stage 3
+    DS_ACCELERATOR=cpu torchrun --standalone --nproc-per-node=2 deepspeed_zero.py --stage 3 --built-in-shares
 
 What to know of ZeRO-3 with depthmix:
 
