@@ -8,6 +8,15 @@ A checkpoint is a folder ``step-00000040``::
     state.json              step, loader, configuration, Python's and numpy's random states, versions
     manifest.json           size and SHA-256 of each file above
 
+One that several processes wrote together (:mod:`depthmix.parallel.checkpoint`) holds the same tensors in
+pieces, and no random states::
+
+    model/shard-00001.safetensors ...       what each process wrote of the weights
+    optimizer/shard-00001.safetensors ...   and of the optimiser's state
+    state.json, manifest.json               as above, with "layout": "sharded"
+
+All functions here read both, and give whole tensors.
+
 It is written into a hidden folder beside, every file and the folder synced, then renamed: the name
 ``step-...`` never stands for anything incomplete. Only then is an older checkpoint dropped, by a
 rename to a hidden name before its files go. Hidden folders that a killed process left behind are
@@ -23,6 +32,7 @@ import random
 import re
 import shutil
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,11 +50,17 @@ FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
 _SAVING, _DELETING = ".saving-", ".deleting-"
 _FILES = ("model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json")
+_PARTS = ("model", "optimizer")
+SHARDED = "sharded"
+"""The layout, in ``state.json``, of a checkpoint in pieces; one in whole files names none."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint folder holds, its hashes verified; tensors are on the CPU."""
+    """What a checkpoint folder holds, its hashes verified; tensors are whole and on the CPU.
+
+    ``random`` is empty where several processes wrote the checkpoint.
+    """
 
     folder: Path
     model: dict[str, Tensor]
@@ -92,9 +108,27 @@ def write_json(path: Path, value) -> None:
         ) from error
 
 
-def _sha256(path: Path) -> str:
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a ``.safetensors`` file with the permissions of its folder and put it on the disk.
+
+    Raises ``OSError`` or ``SafetensorError``; :func:`reason` says in words what either means.
+    """
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata)
+    # safetensors writes for the owner alone; the folder knows what the umask asks for.
+    os.chmod(path, path.parent.stat().st_mode & 0o666)
+    fsync(path)
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, without the number that the operating system gives it."""
+    return str(getattr(error, "strerror", None) or error or type(error).__name__)
+
+
+def entry(path: Path) -> dict:
+    """What the manifest says of a file: its size in bytes and its SHA-256."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
 
 
 # --- what goes in ---------------------------------------------------------------------------------
@@ -160,39 +194,76 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: MuonAd
     target = folder / f"step-{step:08d}"
     beside = folder / f"{_SAVING}{target.name}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder)
-        if target.exists():
-            if problem(target) is None:
-                return target
-            _delete(target)
-        beside.mkdir()
+        if prepare(folder, step) is None:
+            return target
         tensors = {
             "model.safetensors": _weights(model),
             "optimizer.safetensors": optimizer.named_state(),
             "random.safetensors": _random_tensors(),
         }
         for name, values in tensors.items():
-            save_file({key: value.detach().contiguous() for key, value in values.items()}, beside / name)
-            # safetensors writes for the owner alone; the folder knows what the umask asks for.
-            os.chmod(beside / name, beside.stat().st_mode & 0o666)
-        state = {"format": FORMAT, "step": step, **state, "random": _random_numbers(), "versions": versions()}
-        (beside / "state.json").write_text(json.dumps(state, allow_nan=False) + "\n", encoding="utf-8")
-        (beside / "manifest.json").write_text(_manifest(beside), encoding="utf-8")
-        for name in (*_FILES, "manifest.json"):
-            fsync(beside / name)
-        fsync(beside)
-        os.rename(beside, target)
-        fsync(folder)
+            write_tensors(beside / name, values)
+        commit(
+            beside,
+            {"format": FORMAT, "step": step, **state, "random": _random_numbers(), "versions": versions()},
+            {name: entry(beside / name) for name in tensors},
+        )
     except (OSError, safetensors.SafetensorError) as error:
         # On a full disk the half-written files are the first thing to give back.
-        shutil.rmtree(beside, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or error
-        raise RunError(
-            f"cannot write checkpoint {target}: {reason}. {_what_is_kept(folder)} "
-            f"Free some space or make the folder writable, then go on with --resume."
-        ) from error
+        discard(beside)
+        raise not_written(target, reason(error)) from error
     return target
+
+
+def commit(beside: Path, state: dict, files: dict[str, dict]) -> Path:
+    """Turn the hidden folder ``beside``, whose tensors are on the disk, into a checkpoint; its path.
+
+    ``files`` has an :func:`entry` for each file of tensors, by its path in the folder. Raises ``OSError``.
+    """
+    target = beside.with_name(beside.name.removeprefix(_SAVING))
+    state_file = beside / "state.json"
+    state_file.write_text(json.dumps(state, allow_nan=False) + "\n", encoding="utf-8")
+    fsync(state_file)
+    files = {**files, "state.json": entry(state_file)}
+    # One line, with a hash of its own: damage to it is told from damage to the files it lists.
+    manifest = json.dumps({"files": files, "sha256": _digest(files)}, separators=(",", ":"))
+    (beside / "manifest.json").write_text(manifest, encoding="utf-8")
+    fsync(beside / "manifest.json")
+    for folder in (*sorted({(beside / name).parent for name in files} - {beside}), beside):
+        fsync(folder)
+    os.rename(beside, target)
+    fsync(target.parent)
+    return target
+
+
+def prepare(folder: Path, step: int) -> Path | None:
+    """Make the hidden folder in which checkpoint ``step`` of ``folder`` is written; None: it is there, whole.
+
+    Removes what a killed process left, and a damaged checkpoint of this step. Raises ``OSError``.
+    """
+    target = folder / f"step-{step:08d}"
+    beside = folder / f"{_SAVING}{target.name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(folder)
+    if target.exists():
+        if problem(target) is None:
+            return None
+        _delete(target)
+    beside.mkdir()
+    return beside
+
+
+def discard(beside: Path) -> None:
+    """Give back the room of a hidden folder that will not become a checkpoint."""
+    shutil.rmtree(beside, ignore_errors=True)
+
+
+ROOM = "Free some space or make the folder writable, then go on with --resume."
+
+
+def not_written(target: Path, why: str, advice: str = ROOM) -> RunError:
+    """The error of a checkpoint that could not be written: what is left, and what to do."""
+    return RunError(f"cannot write checkpoint {target}: {why}. {_what_is_kept(target.parent)} {advice}")
 
 
 def record_best(folder: Path, best: dict | None) -> None:
@@ -248,15 +319,6 @@ def _remove_leftovers(folder: Path) -> None:
                 shutil.rmtree(entry)
 
 
-def _manifest(folder: Path) -> str:
-    """Sizes and hashes as one line of JSON, with a hash of its own: damage to it is told from damage
-    to the files it lists."""
-    files = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in _FILES
-    }
-    return json.dumps({"files": files, "sha256": _digest(files)}, separators=(",", ":"))
-
-
 def _digest(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
@@ -281,33 +343,110 @@ def latest_checkpoint(folder: Path) -> Path | None:
 # --- loading --------------------------------------------------------------------------------------
 
 
-def problem(checkpoint: Path, files: tuple[str, ...] = _FILES) -> str | None:
-    """What is wrong with ``files`` of a checkpoint, naming the file; None when all is as written."""
+class _Wrong(Exception):
+    """What is wrong with a checkpoint, naming the file."""
+
+
+def _listed(checkpoint: Path) -> dict[str, dict]:
+    """The manifest's :func:`entry` of each file, once the manifest itself was found whole.
+
+    Raises ``_Wrong``.
+    """
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
-        if manifest["sha256"] != _digest(manifest["files"]):
-            return "manifest.json is damaged"
-        entries = {
-            name: (manifest["files"][name]["bytes"], manifest["files"][name]["sha256"]) for name in files
-        }
+        files = manifest["files"]
+        whole = manifest["sha256"] == _digest(files) and all(
+            isinstance(found["bytes"], int) and isinstance(found["sha256"], str) for found in files.values()
+        )
     except FileNotFoundError:
-        return "manifest.json is missing"
-    except (ValueError, KeyError, TypeError):
-        return "manifest.json is damaged"
+        raise _Wrong("manifest.json is missing") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        whole = False
     except OSError as error:
-        return f"manifest.json cannot be read: {error.strerror or error}"
-    for name, (size, digest) in entries.items():
+        raise _Wrong(f"manifest.json cannot be read: {reason(error)}") from error
+    # In whole files, all of them; in pieces, as many as there were processes that had something to write.
+    expected = _FILES if whole and "model.safetensors" in files else ("state.json",)
+    if not whole or not files.keys() >= set(expected):
+        raise _Wrong("manifest.json is damaged")
+    return files
+
+
+def files_of(checkpoint: Path, part: str) -> list[str]:
+    """The files that hold the weights (``part="model"``) or the optimiser's state (``"optimizer"``).
+
+    Raises ``RunError`` when the manifest is damaged.
+    """
+    try:
+        return [
+            name for name in _listed(checkpoint) if name == f"{part}.safetensors" or _is_piece(name, part)
+        ]
+    except _Wrong as wrong:
+        raise damaged(checkpoint, str(wrong)) from wrong
+
+
+def _is_piece(name: str, part: str) -> bool:
+    return name.startswith(f"{part}/")
+
+
+def sizes(checkpoint: Path, *, training: bool = True) -> dict[str, int]:
+    """Bytes of each file that :func:`problem` would read.
+
+    Raises ``RunError`` when the manifest is damaged.
+    """
+    try:
+        return {name: found["bytes"] for name, found in _needed(checkpoint, training).items()}
+    except _Wrong as wrong:
+        raise damaged(checkpoint, str(wrong)) from wrong
+
+
+def _needed(checkpoint: Path, training: bool) -> dict[str, dict]:
+    return {
+        name: found
+        for name, found in _listed(checkpoint).items()
+        if training or name in ("model.safetensors", "state.json") or _is_piece(name, "model")
+    }
+
+
+def problem(checkpoint: Path, files: Iterable[str] | None = None, *, training: bool = True) -> str | None:
+    """What is wrong with a checkpoint, naming the file; None when all is as written.
+
+    ``files`` restricts it to these; ``training=False`` to weights and state.
+    """
+    try:
+        listed = _needed(checkpoint, training)
+    except _Wrong as wrong:
+        return str(wrong)
+    for name in listed if files is None else files:
         try:
-            found = (checkpoint / name).stat().st_size
-            if found != size:
-                return f"{name} has {found} bytes where the manifest says {size}"
-            if _sha256(checkpoint / name) != digest:
+            size, expected = (checkpoint / name).stat().st_size, listed[name]
+            if size != expected["bytes"]:
+                return f"{name} has {size} bytes where the manifest says {expected['bytes']}"
+            if entry(checkpoint / name) != expected:
                 return f"{name} is damaged: its SHA-256 is not the manifest's"
         except FileNotFoundError:
             return f"{name} is missing"
         except OSError as error:
-            return f"{name} cannot be read: {error.strerror or error}"
+            return f"{name} cannot be read: {reason(error)}"
     return None
+
+
+def damaged(checkpoint: Path, wrong: str) -> RunError:
+    """The error of a damaged checkpoint: what is wrong with it, and which to use instead."""
+    return RunError(f"checkpoint {checkpoint}: {wrong}. {_instead_of(checkpoint)}")
+
+
+def read_state(checkpoint: Path) -> dict:
+    """``state.json`` of a checkpoint, whose hash was verified before.
+
+    Raises ``RunError`` for a format or layout that this version does not read.
+    """
+    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    if state.get("format") != FORMAT or state.get("layout", SHARDED) != SHARDED:
+        raise RunError(
+            f"checkpoint {checkpoint} has format {state.get('format')}, this depthmix reads {FORMAT}: "
+            f"use depthmix {state.get('versions', {}).get('depthmix')}"
+        )
+    return state
 
 
 def load_checkpoint(checkpoint: Path, *, training: bool = True) -> Checkpoint:
@@ -318,36 +457,88 @@ def load_checkpoint(checkpoint: Path, *, training: bool = True) -> Checkpoint:
     checkpoint to use instead.
     """
     checkpoint = Path(checkpoint)
-    if not checkpoint.is_dir():
-        raise UserError(f"{checkpoint} is not a checkpoint folder (RUN/checkpoints/step-...)")
-    files = _FILES if training else ("model.safetensors", "state.json")
-    wrong = problem(checkpoint, files)
+    check_is_folder(checkpoint)
+    wrong = problem(checkpoint, training=training)
     if wrong is not None:
-        raise RunError(f"checkpoint {checkpoint}: {wrong}. {_instead_of(checkpoint)}")
-    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    if state.get("format") != FORMAT:
-        raise RunError(
-            f"checkpoint {checkpoint} has format {state.get('format')}, this depthmix reads {FORMAT}: "
-            f"use depthmix {state.get('versions', {}).get('depthmix')}"
-        )
+        raise damaged(checkpoint, wrong)
+    state = read_state(checkpoint)
+    if state.get("layout") == SHARDED:
+        from .parallel.checkpoint import whole_tensors
+
+        tensors = {part: whole_tensors(checkpoint, part) for part in (_PARTS if training else _PARTS[:1])}
+    else:
+        parts = (*_PARTS, "random") if training else _PARTS[:1]
+        tensors = {part: load_file(checkpoint / f"{part}.safetensors") for part in parts}
     return Checkpoint(
         checkpoint,
-        model=load_file(checkpoint / "model.safetensors"),
-        optimizer=load_file(checkpoint / "optimizer.safetensors") if training else {},
-        random=load_file(checkpoint / "random.safetensors") if training else {},
+        model=tensors["model"],
+        optimizer=tensors.get("optimizer", {}),
+        random=tensors.get("random", {}),
         state=state,
     )
+
+
+def check_is_folder(checkpoint: Path) -> None:
+    """Raise ``UserError`` when there is no folder ``checkpoint``."""
+    if not checkpoint.is_dir():
+        raise UserError(f"{checkpoint} is not a checkpoint folder (RUN/checkpoints/step-...)")
 
 
 @torch.no_grad()
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: MuonAdamW) -> None:
     """Put weights, optimiser state and every random state back, in place and bit for bit.
 
+    A checkpoint without random states leaves them as they are: training draws no numbers.
     Raises ``RunError`` when the checkpoint does not fit the model or the optimiser.
     """
-    _copy_into(_weights(model), checkpoint.model, checkpoint.folder / "model.safetensors")
-    _copy_into(optimizer.named_state(), checkpoint.optimizer, checkpoint.folder / "optimizer.safetensors")
-    _set_random_states(checkpoint.random, checkpoint.state["random"])
+    _copy_into(_weights(model), checkpoint.model, place(checkpoint.folder, "model"))
+    _copy_into(optimizer.named_state(), checkpoint.optimizer, place(checkpoint.folder, "optimizer"))
+    if checkpoint.random:
+        _set_random_states(checkpoint.random, checkpoint.state["random"])
+
+
+def place(checkpoint: Path, part: str) -> Path:
+    """The file, or the folder of pieces, that holds a part of a checkpoint."""
+    pieces = checkpoint / part
+    return pieces if pieces.is_dir() else checkpoint / f"{part}.safetensors"
+
+
+def checkpoint_at(path: Path) -> Path:
+    """The checkpoint that ``path`` stands for: itself, or of a run folder its best, else its newest.
+
+    Raises ``UserError`` when there is none.
+    """
+    if (path / "manifest.json").exists() or _NAME.fullmatch(path.name):
+        return path
+    folder = best_checkpoint(path / "checkpoints") or latest_checkpoint(path / "checkpoints")
+    if folder is None:
+        raise UserError(
+            f"{path} holds no checkpoint; give a run folder made by `depthmix train` "
+            f"or one of its checkpoints/step-... folders"
+        )
+    return folder
+
+
+def write_one_file(checkpoint: Path, out: Path) -> None:
+    """Write the weights of a checkpoint folder, whole tensors by their names, to one safetensors file.
+
+    Atomically: ``out`` is the old file, if there was one, or the new one. Raises ``UserError`` when
+    ``checkpoint`` is no checkpoint, ``RunError`` when it is damaged or ``out`` cannot be written.
+    """
+    out = Path(out)
+    weights = load_checkpoint(checkpoint, training=False).model
+    beside = out.with_name(f".{out.name}.new")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(beside, weights, {"format": "pt"})
+        os.replace(beside, out)
+        fsync(out.parent)
+    except (OSError, safetensors.SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise RunError(
+            f"cannot write {out}: {reason(error)}; free some space or make the folder writable"
+        ) from error
 
 
 @torch.no_grad()
@@ -362,16 +553,7 @@ def load_model(
     """
     from .model import GPT
 
-    path = Path(path)
-    if (path / "manifest.json").exists() or _NAME.fullmatch(path.name):
-        folder = path
-    else:
-        folder = best_checkpoint(path / "checkpoints") or latest_checkpoint(path / "checkpoints")
-    if folder is None:
-        raise UserError(
-            f"{path} holds no checkpoint; give a run folder made by `depthmix train` "
-            f"or one of its checkpoints/step-... folders"
-        )
+    folder = checkpoint_at(Path(path))
     checkpoint = load_checkpoint(folder, training=False)
     config = checkpoint.config
     if exact_gradients and config.model.stream_memory == "inversion":
@@ -382,17 +564,31 @@ def load_model(
     for name, saved in checkpoint.model.items():
         if name in weights:
             weights[name].data = weights[name].data.to(saved.dtype)
-    _copy_into(weights, checkpoint.model, folder / "model.safetensors")
+    _copy_into(weights, checkpoint.model, place(folder, "model"))
     return model.to(device).eval(), config
 
 
 def _copy_into(live: dict[str, Tensor], saved: dict[str, Tensor], file: Path) -> None:
+    check_fit(_kinds(live), _kinds(saved), file)
+    for name, tensor in live.items():
+        tensor.copy_(saved[name])
+
+
+Kinds = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Dtype and shape of tensors by name."""
+
+
+def _kinds(tensors: dict[str, Tensor]) -> Kinds:
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def check_fit(live: Kinds, saved: Kinds, file: Path) -> None:
+    """Raise ``RunError`` naming what differs, if anything, between tensors needed and those of ``file``."""
     missing, unknown = sorted(live.keys() - saved.keys()), sorted(saved.keys() - live.keys())
     other = [
-        f"{name} ({saved[name].dtype} {list(saved[name].shape)} saved, {live[name].dtype} "
-        f"{list(live[name].shape)} needed)"
+        f"{name} ({saved[name][0]} {list(saved[name][1])} saved, {live[name][0]} {list(live[name][1])} needed)"
         for name in live.keys() & saved.keys()
-        if saved[name].shape != live[name].shape or saved[name].dtype != live[name].dtype
+        if saved[name] != live[name]
     ]
     differences = (("missing", missing), ("not in the model", unknown), ("of another shape", sorted(other)))
     parts = [f"{what}: {', '.join(names[:5])}" for what, names in differences if names]
@@ -401,15 +597,13 @@ def _copy_into(live: dict[str, Tensor], saved: dict[str, Tensor], file: Path) ->
             f"{file} does not fit the model; {'; '.join(parts)}. "
             f"It was written by another version of depthmix or for another configuration."
         )
-    for name, tensor in live.items():
-        tensor.copy_(saved[name])
 
 
-def _instead_of(damaged: Path) -> str:
+def _instead_of(broken: Path) -> str:
     """The sentence that names the newest whole checkpoint beside a damaged one."""
-    for other in reversed(list_checkpoints(damaged.parent)):
-        if other != damaged and problem(other) is None:
-            return f"The newest whole checkpoint is {other}; to resume from it, remove {damaged.name}."
+    for other in reversed(list_checkpoints(broken.parent)):
+        if other != broken and problem(other) is None:
+            return f"The newest whole checkpoint is {other}; to resume from it, remove {broken.name}."
     return "No whole checkpoint lies beside it: restore it from a copy, or start a new run."
 
 

@@ -34,6 +34,7 @@ VERBS = {
     "diagnose": "what networks do in depth: activations, gates, blocks, streams, as one report",
     "bench": "time the operations and a step, each checked against a reference first",
     "data": "prepare or inspect training data (data prepare, data inspect)",
+    "export": "write the weights of a run or checkpoint to one file for other programs",
     "info": "sizes and costs of a model without building it; --list names the residual connections",
 }
 
@@ -126,6 +127,7 @@ def _dispatch(argv: list[str]) -> int:
         "diagnose": _diagnose,
         "bench": _bench,
         "data": _data,
+        "export": _export,
         "info": _info,
     }
     return verbs[verb](rest)
@@ -353,6 +355,46 @@ examples:
   depthmix data prepare texts/ --tokenizer gpt2 --out shards/
   depthmix data inspect shards/
 """
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write the weights of a trained model to one file, whatever number of processes trained it.
+
+    Example: depthmix export runs/mgr --to safetensors --out mgr.safetensors
+    """
+
+    run: Annotated[Positional[str], arg(metavar="RUN")]
+    """Run folder (its best checkpoint is taken, else its newest), or one checkpoint folder in it."""
+    to: str = "safetensors"
+    """Format of the file: safetensors, the parameters under their names in the model."""
+    out: str = ""
+    """The file."""
+    overwrite: FlagCreatePairsOff[bool] = False
+    """Replace the file if it exists."""
+
+
+EXPORT_FORMATS = ("safetensors",)
+
+
+def _export(argv: list[str]) -> int:
+    args = flags.parse(Export, argv, "export")
+    if args.to not in EXPORT_FORMATS:
+        raise UserError(suggest(args.to, EXPORT_FORMATS, "format of --to"))
+    if not args.out:
+        raise UserError("--out names the file to write, for example --out model.safetensors")
+    out = Path(args.out)
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; name a file, for example {out / 'model.safetensors'}")
+    if out.exists() and not args.overwrite:
+        raise UserError(f"{out} exists; --overwrite replaces it")
+
+    from .checkpoint import checkpoint_at, write_one_file
+
+    checkpoint = checkpoint_at(Path(args.run))
+    write_one_file(checkpoint, out)
+    print(f"{out}: the weights of {checkpoint}, {out.stat().st_size:,} bytes")
+    return 0
 
 
 @dataclass(frozen=True)

@@ -270,10 +270,15 @@ class TrainConfig:
     """Seed of the initial weights and of the data order."""
     precision: Precision = "fp32"
     """fp32; autocast: fp32 weights, matrix products in bf16; bf16: everything in bf16, fp32 master weights."""
+    activation_checkpointing: bool = False
+    """Keep what enters each block and run the block again in the backward pass: less memory, a third more work."""
     compile: bool = False
     """Compile the model with torch.compile."""
     device: str = "auto"
     """cpu, cuda, cuda:N; auto is cuda when there is one."""
+    parallel: str = ""
+    """Division of the work among the processes of torchrun: dp=2,fsdp=2,tp=2,pp=2, any that are wanted; with pp also
+    schedule=gpipe, 1f1b or interleaved, and stages=N. Empty: dp over all processes."""
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "keep_last"):
@@ -290,6 +295,9 @@ class TrainConfig:
             self.precision in ("fp32", "autocast", "bf16"),
             suggest(str(self.precision), ("fp32", "autocast", "bf16"), "precision"),
         )
+        from .parallel.plan import ParallelPlan
+
+        ParallelPlan.parse(self.parallel).check(self)
 
     @property
     def tokens_per_step(self) -> int:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .config import GPTConfig
 from .errors import UserError
@@ -74,6 +75,14 @@ def rotary_tables(head_dim: int, length: int, theta: float) -> tuple[Tensor, Ten
     return angle.cos().float(), angle.sin().float()
 
 
+def rotary_part(cos: Tensor, sin: Tensor, start: int, end: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Both tables for positions ``start`` to ``end``, in the dtype in which queries and keys come for ``like``."""
+    dtype, device = like.dtype, like.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    return cos[start:end].to(dtype), sin[start:end].to(dtype)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs ``(x[i], x[i + d/2])`` of ``x [..., T, d]`` by the angles of ``cos, sin [T, d/2]``."""
     first, second = x.chunk(2, -1)
@@ -81,11 +90,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal self-attention, ``[B, T, D] -> [B, T, D]``, on input that went through its ``norm``."""
+    """Causal self-attention, ``[B, T, D] -> [B, T, D]``, on input that went through its ``norm``.
+
+    Under tensor parallelism ``qkv`` returns the heads of this process for all T tokens, and ``proj`` takes them; what
+    goes in and out is then this process's part of the sequence (:mod:`depthmix.parallel.shard`).
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.n_head, self.head_dim = config.n_head, config.head_dim
+        self.head_dim = config.head_dim
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         # Rows are ordered head by head, each with its query, key and value: a split by rows is a
         # split by heads.
@@ -102,8 +115,8 @@ class Attention(nn.Module):
         memory: tuple[Tensor, ...] | None = None,
     ):
         """With a depth ``memory`` (:meth:`Site.depth_memory`), ``(output, (memory, keys, values))``."""
-        B, T, _ = x.shape
-        qkv = self.qkv(x).view(B, T, self.n_head, 3, self.head_dim)
+        qkv = self.qkv(x).unflatten(-1, (-1, 3, self.head_dim))  # [B, T, H, 3, d]
+        B, T = qkv.shape[:2]
         qk, v = qkv.permute(0, 2, 3, 1, 4).split([2, 1], 2)  # [B, H, 2, T, d], [B, H, 1, T, d]
         q, k = rotate(qk, cos, sin).unbind(2)
         v = v.squeeze(2)
@@ -144,7 +157,12 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, MLP, and the site behind each."""
+    """Attention, MLP, and the site behind each.
+
+    ``checkpointing``: keep what enters and run the block again in the backward pass.
+    """
+
+    checkpointing = False
 
     def __init__(self, config: GPTConfig, attn_site: nn.Module, mlp_site: nn.Module):
         super().__init__()
@@ -164,25 +182,35 @@ class Block(nn.Module):
         *,
         normed=False,
         next_norm=None,
+        cut=False,
     ):
-        """``h [B, T, D]``, state -> ``(h, state)``.
+        """``h [B, T, D]``, state -> ``(h, state)``; with ``cut``, what crosses a cut behind it (:meth:`Site.send`).
 
         ``normed``: ``h`` has been through the attention's norm. ``next_norm``: the norm that what is returned is
         to go through; a site may apply it while it has h at hand. Neither given, a block needs no parameter
         but its own.
         """
+        arguments = h, state, cos, sin, cache, layer, normed, next_norm, cut
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self._run, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return self._run(*arguments)
+
+    def _run(self, h, state, cos, sin, cache, layer, normed, next_norm, cut):
         x = h if normed else self.attn.norm(h)
         memory = self.attn_site.depth_memory(state)
         if memory is None:
             x, state = step_and_norm(
                 self.attn_site, self.attn(x, cos, sin, cache, layer), state, self.mlp.norm
             )
-            return step_and_norm(self.mlp_site, self.mlp(x), state, next_norm)
+            return self._behind_mlp(self.mlp(x), state, next_norm, cut)
         y, shown = self.attn(x, cos, sin, cache, layer, memory)
         state = self.attn_site.remember(shown, state)
         x, state = step_and_norm(self.attn_site, y, state, self.mlp.norm)
         y, shown = self.mlp(x, show=True)
-        return step_and_norm(self.mlp_site, y, self.mlp_site.remember(shown, state), next_norm)
+        return self._behind_mlp(y, self.mlp_site.remember(shown, state), next_norm, cut)
+
+    def _behind_mlp(self, y, state, next_norm, cut):
+        return self.mlp_site.send(y, state) if cut else step_and_norm(self.mlp_site, y, state, next_norm)
 
 
 def step_and_norm(site: Site, y: Tensor, state: State, norm: RMSNorm | None) -> tuple[Tensor, State]:
@@ -201,13 +229,21 @@ class GPT(nn.Module):
         seed: of the initial weights. Embedding and sublayers are drawn in one fixed order from a
             generator of their own, so that the same seed gives the same ones whatever the residual
             connection. ``None`` draws a fresh seed from torch's global generator.
+        cuts: sublayers behind which a pipeline will cut (:attr:`Residual.cuts`).
     """
 
-    def __init__(self, config: GPTConfig, *, seed: int | None = None):
+    sequence_part = (0, 1)
+    """``(i, k)``: of every sequence the i-th of k equal parts is this process's; its trunk sees no other."""
+
+    blocks_apart = False
+    """Whether a block's parameters can be read by nobody while it does not run, as they are sharded then."""
+
+    def __init__(self, config: GPTConfig, *, seed: int | None = None, cuts: tuple[int, ...] = ()):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.residual = build_residual(config)
+        self.residual.cuts = cuts
         self.blocks = nn.ModuleList(
             Block(config, self.residual.site(2 * i + 1), self.residual.site(2 * i + 2))
             for i in range(config.n_layer)
@@ -257,13 +293,13 @@ class GPT(nn.Module):
                 for weight in site.drawn_weights():
                     normal_(weight, 0.02)
 
+    def whole_blocks(self) -> list[Block]:
+        """The blocks, first to last."""
+        return list(self.blocks)
+
     def rotary(self, ids: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[T, d / 2]`` for ``ids [B, T]`` at positions from ``start`` on."""
-        dtype, device = self.embed.weight.dtype, ids.device.type
-        if device != "meta" and torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)  # what queries and keys come in
-        end = start + ids.shape[1]
-        return self.rope_cos[start:end].to(dtype), self.rope_sin[start:end].to(dtype)
+        return rotary_part(self.rope_cos, self.rope_sin, start, start + ids.shape[1], self.embed.weight)
 
     def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """The normed output of the trunk, ``[B, T, D]``, for ``ids [B, T]``."""
@@ -278,11 +314,14 @@ class GPT(nn.Module):
                 + ("" if cache is None else f" and the cache holds {cache.capacity}")
             )
         cos, sin = self.rotary(ids, start)
-        h, state = self.residual.begin(self.embed(ids))
-        state = self.residual.foresee(state, [s for b in self.blocks for s in (b.attn_site, b.mlp_site)])
-        following = [block.attn.norm for block in self.blocks[1:]] + [None]
+        h, state = self.residual.begin(self.embed(own_part(ids, self.sequence_part)))
+        normed, following = False, [None] * len(self.blocks)
+        if not self.blocks_apart:
+            state = self.residual.foresee(state, [s for b in self.blocks for s in (b.attn_site, b.mlp_site)])
+            following = [block.attn.norm for block in self.blocks[1:]] + [None]
         for layer, (block, norm) in enumerate(zip(self.blocks, following, strict=True)):
-            h, state = block(h, state, cos, sin, cache, layer, normed=layer > 0, next_norm=norm)
+            h, state = block(h, state, cos, sin, cache, layer, normed=normed, next_norm=norm)
+            normed = norm is not None
         if cache is not None:
             cache.length = end
         return self.norm(self.residual.finish(h, state))
@@ -298,6 +337,17 @@ class GPT(nn.Module):
         logits = F.linear(self.hidden(ids, cache), self.embed.weight)
         if targets is None:
             return logits
-        return None, F.cross_entropy(
-            logits.to(compute_dtype(logits.dtype)).view(-1, logits.shape[-1]), targets.reshape(-1)
-        )
+        return None, mean_loss(logits, own_part(targets, self.sequence_part))
+
+
+def own_part(ids: Tensor, part: tuple[int, int]) -> Tensor:
+    """``[B, T] -> [B, T / k]``: the i-th of k parts of every row, for ``part = (i, k)``."""
+    i, k = part
+    return ids if k == 1 else ids.unflatten(1, (k, -1))[:, i]
+
+
+def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross entropy in nats over the tokens of ``targets [B, T]`` that are not -100, of ``logits [B, T, V]``."""
+    return F.cross_entropy(
+        logits.to(compute_dtype(logits.dtype)).view(-1, logits.shape[-1]), targets.reshape(-1)
+    )

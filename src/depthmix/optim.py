@@ -19,6 +19,7 @@ state: a small rate times a small gradient would otherwise round away.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,9 @@ from torch.optim.adamw import adamw
 
 from .config import OptimConfig
 from .residuals import Residual, Site
+
+if TYPE_CHECKING:
+    from .parallel.shard import Layout
 
 Coefficients = Sequence[tuple[float, float, float]]
 
@@ -131,7 +135,9 @@ class MuonAdamW(torch.optim.Optimizer):
     """Muon and AdamW over the groups of :func:`parameter_groups`, with one ``step()``.
 
     ``coefficients``, ``margin`` and ``dtype`` go to :func:`polar_express`; ``dtype`` None is bf16
-    on a CUDA device and the weights' own dtype elsewhere. All state is made at once, so a checkpoint
+    on a CUDA device and the weights' own dtype elsewhere. ``layout`` says how parameters are spread over processes
+    (:class:`depthmix.parallel.shard.Layout`); norms are then those of the whole gradient, and Muon's updates those of
+    whole matrices. All state is made at once, so a checkpoint
     of step 0 has the same tensors as any other.
     """
 
@@ -143,6 +149,7 @@ class MuonAdamW(torch.optim.Optimizer):
         coefficients: Coefficients = POLAR_EXPRESS,
         margin: float = 1.01,
         dtype: torch.dtype | None = None,
+        layout: "Layout | None" = None,
     ):
         options = {
             "muon": {"peak_lr": config.muon_lr, "weight_decay": config.weight_decay},
@@ -161,6 +168,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self.coefficients = coefficients
         self.margin = margin
         self.dtype = dtype
+        self.layout = layout
         for group in self.param_groups:
             for parameter in group["params"]:
                 self.state[parameter] = self._fresh_state(parameter, group["kind"])
@@ -227,6 +235,11 @@ class MuonAdamW(torch.optim.Optimizer):
                     master.grad.add_(parameter.grad)
                 parameter.grad = None
 
+    def collected_gradients(self, parameters) -> list[Tensor]:
+        """The gradients that a step of ``parameters`` would use, where they have any: live tensors."""
+        gradients = [self._weight(p).grad for p in parameters]
+        return [g for g in gradients if g is not None]
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
         for state in self.state.values():
@@ -237,8 +250,13 @@ class MuonAdamW(torch.optim.Optimizer):
     def grad_norm(self, parameters) -> Tensor:
         """The joint 2-norm of the gradients collected for ``parameters``, as :meth:`clip_grad_norm` counts them."""
         self.collect_gradients()
-        weights = [self._weight(p) for p in parameters]
-        return nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
+        return self._norm(list(parameters))
+
+    def _norm(self, parameters: list[nn.Parameter]) -> Tensor:
+        gradients = [self._weight(p).grad for p in parameters]
+        if self.layout is not None:
+            return self.layout.norm(parameters, gradients)
+        return nn.utils.get_total_norm([g for g in gradients if g is not None])
 
     @torch.no_grad()
     def clip_grad_norm(self, max_norm: float) -> Tensor:
@@ -247,10 +265,12 @@ class MuonAdamW(torch.optim.Optimizer):
         Returns the norm before scaling, a scalar tensor, fp32 for low-precision parameters.
         """
         self.collect_gradients()
-        weights = [self._weight(p) for group in self.param_groups for p in group["params"]]
-        norm = nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        norm = self._norm(parameters)
         if max_norm:
-            nn.utils.clip_grads_with_norm_(weights, max_norm, norm)
+            gradients = [self._weight(p).grad for p in parameters]
+            share = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_([_local(g) for g in gradients if g is not None], share)
         return norm
 
     @torch.no_grad()
@@ -269,19 +289,30 @@ class MuonAdamW(torch.optim.Optimizer):
                 self._step_adamw(stepped, group)
             low_precision = [p for p in stepped if "master" in self.state[p]]
             if low_precision:
-                torch._foreach_copy_(low_precision, [self.state[p]["master"] for p in low_precision])
+                torch._foreach_copy_(
+                    [_local(p.detach()) for p in low_precision],
+                    [_local(self.state[p]["master"]) for p in low_precision],
+                )
         return loss
 
     def _step_muon(self, batch: list[nn.Parameter], group: dict) -> None:
         weights = [self._weight(p) for p in batch]
-        gradients = [w.grad for w in weights]
-        momenta = [self.state[p]["momentum"] for p in batch]
+        rows, cols = weights[0].shape
+        gradients = [_local(w.grad) for w in weights]
+        momenta = [_local(self.state[p]["momentum"]) for p in batch]
+        weights = [_local(w.detach()) for w in weights]
         torch._foreach_lerp_(momenta, gradients, 1 - self.config.muon_momentum)
         nesterov = torch._foreach_lerp(gradients, momenta, self.config.muon_momentum)
         on_cuda = weights[0].device.type == "cuda"
         dtype = self.dtype or (torch.bfloat16 if on_cuda else weights[0].dtype)
-        updates = polar_express(torch.stack(nesterov), self.coefficients, margin=self.margin, dtype=dtype)
-        rows, cols = weights[0].shape
+
+        def polar(matrices: Tensor) -> Tensor:
+            return polar_express(matrices, self.coefficients, margin=self.margin, dtype=dtype)
+
+        stacked = torch.stack(nesterov)
+        updates = (
+            polar(stacked) if self.layout is None else self.layout.whole_matrices(stacked, batch[0], polar)
+        )
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         scale = max(1, rows / cols) ** 0.5
         torch._foreach_add_(weights, list(updates.to(weights[0].dtype)), alpha=-group["lr"] * scale)
@@ -289,10 +320,10 @@ class MuonAdamW(torch.optim.Optimizer):
     def _step_adamw(self, parameters: list[nn.Parameter], group: dict) -> None:
         weights = [self._weight(p) for p in parameters]
         adamw(
-            weights,
-            [w.grad for w in weights],
-            [self.state[p]["exp_avg"] for p in parameters],
-            [self.state[p]["exp_avg_sq"] for p in parameters],
+            [_local(w.detach()) for w in weights],
+            [_local(w.grad) for w in weights],
+            [_local(self.state[p]["exp_avg"]) for p in parameters],
+            [_local(self.state[p]["exp_avg_sq"]) for p in parameters],
             [],
             [self.state[p]["step"] for p in parameters],
             fused=True,  # one kernel for all tensors: most are vectors, where launching costs most
@@ -306,17 +337,28 @@ class MuonAdamW(torch.optim.Optimizer):
         )
 
 
+def _local(x: Tensor) -> Tensor:
+    """What this process holds of ``x``."""
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
 def _batches_of_one_shape(parameters: list[nn.Parameter]):
-    """Lists of parameters of one shape, none with more than ``_BATCH_ELEMENTS`` elements in all."""
-    by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+    """Lists of parameters of one shape, spread over processes in one way, with at most ``_BATCH_ELEMENTS`` elements."""
+    by_shape: dict[tuple, list[nn.Parameter]] = {}
     for parameter in parameters:
-        by_shape.setdefault(parameter.shape, []).append(parameter)
-    for shape, alike in by_shape.items():
+        key = parameter.shape, getattr(parameter, "placements", None)
+        by_shape.setdefault(key, []).append(parameter)
+    for (shape, _), alike in by_shape.items():
         size = max(1, _BATCH_ELEMENTS // shape.numel())
         for first in range(0, len(alike), size):
             yield alike[first : first + size]
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> MuonAdamW:
-    """The optimiser of ``model``'s parameters, on the device and in the dtypes they have now."""
-    return MuonAdamW(parameter_groups(model), config)
+def build_optimizer(
+    parts: nn.Module | Sequence[nn.Module], config: OptimConfig, layout: "Layout | None" = None
+) -> MuonAdamW:
+    """The optimiser of a model's parameters, or of several stages', on the device and in the dtypes they have now."""
+    parts = [parts] if isinstance(parts, nn.Module) else parts
+    found = [parameter_groups(part) for part in parts]
+    groups = {kind: [named for groups in found for named in groups[kind]] for kind in found[0]}
+    return MuonAdamW(groups, config, layout=layout)

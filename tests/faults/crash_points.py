@@ -59,10 +59,10 @@ def die_at(countdown: int, before: bool) -> None:
     def torn(function):
         """Also leave half a file: the operation does its work, then loses the second half."""
 
-        def wrapper(tensors, path):
+        def wrapper(tensors, path, metadata):
             nonlocal calls
             calls += 1
-            function(tensors, path)
+            function(tensors, path, metadata)
             if calls == countdown:
                 if before:
                     os.truncate(path, os.path.getsize(path) // 2)

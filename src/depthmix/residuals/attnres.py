@@ -90,6 +90,7 @@ class SourceSite(Site):
     """
 
     gate_names = ("pool",)
+    received = ("query", "key_norm_weight")
 
     def __init__(
         self,
@@ -138,7 +139,9 @@ class SourceSite(Site):
             return written
         *made, queries = foreseen
         if self.group:
-            mine, queries = queries.split([self.group, len(queries) - self.group])
+            # Behind the last of them there may be a cut.
+            readers = min(self.group, len(queries))
+            mine, queries = queries.split([readers, len(queries) - readers])
             means, lses = functional.source_pool_many(sources, mine, scale=1.0, eps=self.eps)
         else:  # what the reader before this one has read
             _, *means = made[: len(made) // 2]
@@ -156,6 +159,10 @@ class SourceSite(Site):
         return functional.source_pool(
             sources[self.n_finished :], query, scale=1.0, eps=self.eps, carried=carried
         )
+
+    def send(self, layer_output, state):
+        """The sources alone: what was foreseen is for readers in front of the cut."""
+        return self._written(layer_output, state[: self.n_sources])
 
     def gates(self, layer_output, state):
         written = torch.stack(self._written(layer_output, state[: self.n_sources]), -2)
@@ -177,7 +184,20 @@ class AttentionResiduals(Residual):
         self.groups = reader_groups(starts)
 
     def foresee(self, state, sites):
-        return *state, torch.stack([site.scoring_query(state[0].dtype) for site in sites])
+        """With ``sites`` that begin inside of a group, behind a cut, its readers get their means here."""
+        queries = torch.stack([site.scoring_query(state[0].dtype) for site in sites])
+        if sites[0].group:
+            return *state, queries
+        readers = next((i for i, site in enumerate(sites) if site.group), len(sites))
+        mine, queries = queries.split([readers, len(sites) - readers])
+        means, lses = functional.source_pool_many(state[: sites[0].n_finished], mine, scale=1.0, eps=self.eps)
+        # The first of each is of a reader in front of these, and dropped.
+        return *state, means[0], *means, lses[0], *lses, queries
+
+    def unchanged(self, earlier, later):
+        begun = sum(self.starts[:earlier])
+        # The newest source is still added to, unless the next sublayer begins another.
+        return 1 + begun - (not self.starts[earlier])
 
     def without(self, state, sites, first):
         """Sources alone, without those that the sublayers begin. ``None`` is one that a later sublayer adds to."""

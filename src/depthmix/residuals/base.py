@@ -26,6 +26,15 @@ as its equation::
 any leading dimensions and any width: all its arithmetic broadcasts, and coefficients that a state
 carries from one site to the next are taken from ``gates``, never computed in ``mix``.
 
+**Cuts.** A pipeline runs the sublayers up to l in one process and those behind it in another. What crosses such a *cut*
+is the state between the write and the read of site l, and no more than its tensors that somebody behind reads::
+
+    send(y, state)      -> crossed    the write, in the process of sublayer l
+    receive(crossed)    -> h, state   the read, in the process of sublayer l + 1
+
+The parameters that the read alone needs live with it, behind the cut (:attr:`Site.received`). What a connection keeps
+for its backward pass never crosses.
+
 A new connection is one file: subclass :class:`Residual` and :class:`Site`, decorate with
 :func:`~depthmix.residuals.registry.register`, import the file in ``residuals/__init__.py``.
 """
@@ -74,6 +83,18 @@ class Site(nn.Module):
         """The verb ``step``: write, then read."""
         state = self.write(layer_output, state)
         return self.read(state), state
+
+    received: tuple[str, ...] = ()
+    """Attributes, parameters or modules, that :meth:`receive` reads and :meth:`send` does not."""
+
+    def send(self, layer_output: Tensor, state: State) -> State:
+        """The write in front of a cut: what crosses it, each tensor once. Runs without what ``received`` names."""
+        return self.write(layer_output, state)
+
+    def receive(self, crossed: State) -> tuple[Tensor, State]:
+        """The read behind a cut: the next sublayer's input and the state it comes with, of what :meth:`send` returned.
+        Runs with what ``received`` names alone."""
+        return self.read(crossed), crossed
 
     def gates(self, layer_output: Tensor, state: State) -> Gates:
         """The coefficients of this step, each ``[B, T, ...]``, in the compute dtype; none by default."""
@@ -129,6 +150,13 @@ def write_nothing(sites: Sequence[Site], state: State, like: Tensor) -> State:
 class Residual(nn.Module):
     """A connection for a whole trunk: where it begins and ends, and the sites it is made of."""
 
+    cuts: tuple[int, ...] = ()
+    """Sublayers (1 .. L - 1) behind which a pipeline cuts; known before the first :meth:`site` is made."""
+
+    crosses_by_head = False
+    """Whether tensors of four dimensions that cross a cut are ``[B, H, T, d]``, divided by heads under tensor
+    parallelism (everything else is divided by tokens)."""
+
     not_linear: str | None = None
     """Why inputs of sublayers are no linear mixture of earlier outputs; ``None`` where they are."""
 
@@ -154,6 +182,11 @@ class Residual(nn.Module):
         The model calls this; where nobody does, every step works without.
         """
         return state
+
+    def unchanged(self, earlier: int, later: int) -> int:
+        """How many of the tensors that cross the cut ``later`` are those that crossed the cut ``earlier``, in the same
+        order at the front of both: a process that saw the earlier ones need not be sent them again."""
+        return 0
 
     def without(self, state: State, sites: Sequence[Site], first: int) -> State | None:
         """The state behind ``sites`` had they been given nothing to write; ``None`` where there is no such state.

@@ -20,6 +20,7 @@ the site behind its attention is a plain addition. A source is kept while a late
 once, and never copied.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -56,15 +57,18 @@ class DepthAverageSite(Site):
     ``[B, T, D]``.
 
     Args:
+        n_sources: how many sources there are, :math:`X_i` being the last.
         read: positions, among the sources before and :math:`X_i` itself, that the average reads; ``None`` where the
             block does not average.
         keep: positions that a later block wants.
     """
 
     gate_names = ("pool",)
+    received = ("depth_weight",)
 
-    def __init__(self, read: tuple[int, ...] | None, keep: tuple[int, ...]):
+    def __init__(self, n_sources: int, read: tuple[int, ...] | None, keep: tuple[int, ...]):
         super().__init__()
+        self.n_sources = n_sources
         self.sources_read, self.sources_kept = read, keep
         self.depth_weight = None
         if read is not None:
@@ -77,16 +81,36 @@ class DepthAverageSite(Site):
             self.depth_weight.zero_()
             self.depth_weight[-1:].fill_(1.0)
 
-    def write(self, layer_output, state):
+    def _written(self, layer_output, state):
         x, *sources = state
-        x = x + layer_output
-        sources.append(x)
-        if self.sources_read is not None:
+        return [*sources, x + layer_output]
+
+    def _averaged(self, sources):
+        """The state, of ``sources`` by position; those that nobody wants need not be there."""
+        x = sources[self.n_sources - 1] if self.sources_read is None else None
+        if x is None:
             x = weighted_sum(self.depth_weight, [sources[j] for j in self.sources_read])
         return (x, *(sources[j] for j in self.sources_kept))
 
+    def write(self, layer_output, state):
+        return self._averaged(self._written(layer_output, state))
+
     def read(self, state):
         return state[0]
+
+    def crossing(self):
+        """Positions of the sources that somebody behind this site reads."""
+        read = (self.n_sources - 1,) if self.sources_read is None else self.sources_read
+        return sorted({*read, *self.sources_kept})
+
+    def send(self, layer_output, state):
+        """The sources alone: their average is taken behind the cut."""
+        sources = self._written(layer_output, state)
+        return tuple(sources[j] for j in self.crossing())
+
+    def receive(self, crossed):
+        state = self._averaged(dict(zip(self.crossing(), crossed, strict=True)))
+        return state[0], state
 
     def gates(self, layer_output, state):
         if self.sources_read is None:
@@ -128,6 +152,19 @@ class DenseFormer(Residual):
         phases = {i % self.dilation for i in later if i % self.period == 0}
         return [j for j in range(block + 1) if j % self.dilation in phases]
 
+    def _sources(self, block: int) -> list[int]:
+        """The blocks whose outputs are at hand behind ``block``'s addition."""
+        return [*self._wanted(block - 1), block]
+
+    def unchanged(self, earlier, later):
+        if earlier % 2 or later % 2:
+            return 0
+        first, second = (
+            [self._sources(cut // 2)[j] for j in self.site(cut).crossing()] for cut in (earlier, later)
+        )
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
+        return len(list(same))
+
     def begin(self, x):
         return x, (x, x) if self._wanted(0) else (x,)
 
@@ -135,8 +172,8 @@ class DenseFormer(Residual):
         if index % 2:
             return AddSite()
         block = index // 2
-        sources = [*self._wanted(block - 1), block]
+        sources = self._sources(block)
         read = None
         if block % self.period == 0:
             read = tuple(m for m, j in enumerate(sources) if j % self.dilation == block % self.dilation)
-        return DepthAverageSite(read, tuple(sources.index(j) for j in self._wanted(block)))
+        return DepthAverageSite(len(sources), read, tuple(sources.index(j) for j in self._wanted(block)))

@@ -90,6 +90,7 @@ class HyperSite(Site):
 
     gate_names = (None, "gate", "pool")
     gate_range = (-1.0, 3.0)
+    received = ("following",)
 
     def __init__(self, following: Coefficients | None, merge: Merge):
         super().__init__()
@@ -104,6 +105,13 @@ class HyperSite(Site):
         if self.following is None:
             return hyper.merge(state[0], self.merge)
         return hyper.read(state[0], state[1][..., -1, :])
+
+    def send(self, layer_output, state):
+        return (hyper.write(layer_output, *state),)
+
+    def receive(self, crossed):
+        h, coefficients = hyper.begin(*crossed, self.following.family, self.following.values())
+        return h, (*crossed, coefficients)
 
     def forward(self, layer_output, state):
         if self.following is None:
@@ -196,10 +204,11 @@ class StaticSite(Site):
 
     gate_names = (None, "gate", "pool")
     gate_range = (-1.0, 3.0)
+    received = ("width",)
 
     def __init__(self, n_streams: int, index: int, last: bool, merge: Merge):
         super().__init__()
-        self.index, self.merge = index, merge
+        self.index, self.last, self.merge = index, last, merge
         self.carry = nn.Parameter(torch.empty(n_streams, n_streams))
         self.depth = nn.Parameter(torch.empty(n_streams))
         self.width = None if last else nn.Parameter(torch.empty(n_streams))
@@ -215,15 +224,20 @@ class StaticSite(Site):
             self.width.copy_(start[:, 0])
 
     def _weights(self, like: Tensor) -> Tensor:
-        n = len(self.depth)
-        if self.width is not None:
+        if not self.last:
             return self.width
+        n = len(self.depth)
         return torch.full(
             (n,), 1 / n if self.merge == "mean" else 1.0, dtype=self.depth.dtype, device=like.device
         )
 
     def write(self, layer_output, state):
         return self.forward(layer_output, state)[1]
+
+    def send(self, layer_output, state):
+        dtype = hyper.compute_dtype(state[0].dtype)
+        mixed = hyper.mix_reference(layer_output, state[0], self.carry.to(dtype), self.depth.to(dtype))
+        return (mixed,)
 
     def read(self, state):
         return hyper.read(state[0], self._weights(state[0]).expand(state[0].shape[:-1]))

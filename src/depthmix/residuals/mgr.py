@@ -179,6 +179,7 @@ class RampSite(Site):
 
     fuses_norm = True
     gate_names = ("pool",)
+    received = ("pool_weight",)
 
     def __init__(self, d_model: int, n_after: int, complete: bool, eps: float, scale: float | None):
         super().__init__()
@@ -224,9 +225,13 @@ class LerpSite(MultiGateResidual, Site):
     fuses_norm = True
     gate_names = ("gate", "pool")
     convex = True
+    received = ("pool_weight",)
 
     def write(self, layer_output, state):
         return self.forward(layer_output, state)[1]
+
+    def send(self, layer_output, state):
+        return self.write(layer_output, state)[:1]
 
     def read(self, state):
         return functional.attention_pool(state[0], self.pool_weight, scale=self.scale, eps=self.eps)
@@ -398,11 +403,16 @@ class MultiGateResiduals(Residual):
     def without(self, state, sites, first):
         return None if first < self.n_streams else state  # the ramp's outputs are the streams
 
+    def unchanged(self, earlier, later):
+        return earlier + 1 if later + 1 < self.n_streams else 0  # in the ramp, streams are separate tensors
+
     def site(self, index):
         if index >= self.n_streams:
             arguments = (self.d_model, self.n_streams, self.gate, self.init_bias, self.eps)
             keywords = {"update_gate": self.update_gate, "scale": self.scale}
-            place, last = index - self.n_streams, index == self.n_sublayers
+            # What is kept for the backward pass begins anew behind a cut and ends in front of one.
+            first = max(self.n_streams, *(cut + 1 for cut in self.cuts if cut < index), 0)
+            place, last = index - first, index in (*self.cuts, self.n_sublayers)
             if self.memory == "replay":
                 place %= self.replay_window
                 last = last or place == self.replay_window - 1

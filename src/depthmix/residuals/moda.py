@@ -55,6 +55,18 @@ class LastSite(AddSite):
     def remember(self, shown, state):
         return state
 
+    def send(self, layer_output, state):
+        """Keys and values, oldest first, then x: the memory's token is for gradients inside of one process."""
+        x, *memory = self.write(layer_output, state)
+        return (*memory[1:], x)
+
+    def receive(self, crossed):
+        *sources, x = crossed
+        memory = ()
+        for key, value in zip(sources[::2], sources[1::2], strict=True):
+            memory = extend_depth_memory(memory, key, value)
+        return x, (x, *memory)
+
 
 class AttentionSite(LastSite):
     """Behind an attention, whose own keys and values join the memory: state ``(x, *memory)``."""
@@ -72,13 +84,13 @@ class MLPSite(AttentionSite):
 
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.head_dim = config.n_head, config.head_dim
+        self.head_dim = config.head_dim
         # Rows are ordered head by head, as an attention's.
         self.kv = nn.Linear(config.d_model, 2 * config.attention_width, bias=False)
 
     def remember(self, shown, state):
         (x,) = shown
-        kv = self.kv(x).view(*x.shape[:2], self.n_head, 2, self.head_dim)
+        kv = self.kv(x).unflatten(-1, (-1, 2, self.head_dim))  # [B, T, H, 2, d]
         return (state[0], *extend_depth_memory(state[1:], *kv.transpose(1, 2).unbind(3)))
 
     def drawn_weights(self):
@@ -90,6 +102,7 @@ class MLPSite(AttentionSite):
 
 @register("moda", "PreNorm whose attentions also read the keys and values of earlier sublayers")
 class MixtureOfDepthsAttention(Residual):
+    crosses_by_head = True
     not_linear = (
         "moda reads earlier layers through keys and values inside each attention: a sublayer's output depends "
         "on them beyond its input, so what earlier outputs contribute is not a linear mixture of outputs"
@@ -98,6 +111,9 @@ class MixtureOfDepthsAttention(Residual):
     def __init__(self, config, options=None):
         super().__init__(config)
         self.config = config
+
+    def unchanged(self, earlier, later):
+        return 2 * earlier  # every sublayer so far handed down a key and a value
 
     def site(self, index) -> Site:
         if index >= self.config.n_sublayers - 1:

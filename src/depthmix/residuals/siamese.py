@@ -37,6 +37,8 @@ class SiameseSite(Site):
     Parameters: ``post_weight [D]`` of the norm of x, ``pre_weight [D]`` of the norm of y; ones.
     """
 
+    received = ("pre_weight",)
+
     def __init__(self, d_model: int, scale: float, eps: float):
         super().__init__()
         self.scale, self.eps = scale, eps

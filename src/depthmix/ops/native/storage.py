@@ -23,7 +23,8 @@ def storable(*tensors: Tensor | None) -> bool:
     """Whether kernels that read and write through ``storage.h`` can take these."""
     given = [x for x in tensors if x is not None]
     return (
-        all(x.is_cpu and x.dtype in DTYPES for x in given)
+        # A tensor of a subclass may have its numbers elsewhere, or not yet.
+        all(type(x) in (Tensor, torch.nn.Parameter) and x.is_cpu and x.dtype in DTYPES for x in given)
         and available()
         and (_has_half() or all(x.dtype is not torch.float16 for x in given))
     )

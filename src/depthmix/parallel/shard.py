@@ -1,0 +1,182 @@
+r"""One stage's model on the processes that share it: tensor and sequence parallel, FSDP2, DDP.
+
+**Tensor and sequence parallel** (Megatron-LM; Korthikanti et al. 2022), by DTensor's parallel styles. Between sublayers
+each of tp processes holds its part of every sequence, ``[B, T / tp, D]``, and everything that works on one token works
+there: norms, gates, pools, lerps, mixing matrices, embedding, head and loss. An attention or MLP gathers the whole
+sequence in front of its first matrix and computes its share of heads or hidden features; behind its last matrix the
+shares are summed and divided into parts again. That is an all-gather and a reduce-scatter of ``[B, T, D]`` for each
+sublayer and pass, *whatever the residual connection*: its streams, sources and states are never communicated.
+
+Parameters that tokens share but no matrix is split for (embedding, norms, all of a connection's) are whole on every
+process, with a gradient that is the sum over the parts; one all-reduce a step adds them up
+(:func:`sum_over_sequence`).
+
+**FSDP2** (``fully_shard``): each block is a unit, what is left of the stage another; with dp too, parameters are
+sharded over fsdp and copied over dp (HSDP). A block's parameters exist while it runs, so nobody may read them from outside:
+the norm of a block's attention is not fused into the block before, nor are Attention Residuals' queries
+foreseen (:attr:`depthmix.GPT.blocks_apart`). **DDP** otherwise.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from .world import ManyProcesses
+
+
+def tensor_parallel(blocks: Iterable[nn.Module], world: ManyProcesses) -> None:
+    """Split the matrices of ``blocks`` over tp, in place."""
+    mesh = world.mesh["tp"]
+    into = ColwiseParallel(input_layouts=Shard(1))
+    for block in blocks:
+        out = RowwiseParallel(output_layouts=Shard(1))
+        plan = {"attn.qkv": into, "attn.proj": out, "mlp.fc": into, "mlp.proj": out}
+        if hasattr(
+            block.mlp_site, "kv"
+        ):  # of a depth memory, by heads as the attentions' keys and values are
+            plan["mlp_site.kv"] = into
+        matrices = [(block.get_submodule(name), style is into) for name, style in plan.items()]
+        for matrix, enters in matrices:
+            if enters:
+                matrix.register_forward_pre_hook(lambda _, inputs: (_Arrived.apply(inputs[0]),))
+        # The same weights everywhere already: nothing is sent.
+        parallelize_module(block, mesh, plan, src_data_rank=None)
+        for matrix, enters in matrices:
+            if not enters:
+                matrix.register_forward_hook(lambda _, inputs, output: _Arrived.apply(output))
+
+
+class _Arrived(torch.autograd.Function):
+    """A tensor of [B, T / tp, D], and its gradient, no sooner than a collective has delivered it: as a plain tensor."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.wait() if isinstance(x, AsyncCollectiveTensor) else x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.wait() if isinstance(gradient, AsyncCollectiveTensor) else gradient
+
+
+def data_parallel(part: nn.Module, world: ManyProcesses, *, always_shard: bool = False) -> nn.Module:
+    """``part`` (a GPT or a stage of one) over dp and fsdp; returns what is to be called."""
+    plan = world.plan
+    if plan.fsdp > 1 or (plan.tp > 1 and plan.dp > 1) or always_shard:
+        mesh = world.mesh["dp", "fsdp"] if plan.dp > 1 else world.mesh["fsdp"]
+        for block in part.whole_blocks():
+            fully_shard(block, mesh=mesh)
+        fully_shard(part, mesh=mesh, reshard_after_forward=False)
+        part.blocks_apart = True
+        return part
+    if plan.dp > 1:
+        return nn.parallel.DistributedDataParallel(
+            part, process_group=world.group("dp"), gradient_as_bucket_view=True
+        )
+    return part
+
+
+def sharded_axes(x: Tensor) -> dict[str, int]:
+    """Axis of the mesh -> the dimension of ``x`` that is divided over it."""
+    if not isinstance(x, DTensor):
+        return {}
+    axes = zip(x.device_mesh.mesh_dim_names, x.placements, strict=True)
+    return {axis: placement.dim for axis, placement in axes if hasattr(placement, "dim")}
+
+
+def local(x: Tensor) -> Tensor:
+    """The part of ``x`` that this process holds; shares its memory."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+@torch.no_grad()
+def sum_over_sequence(gradients: list[Tensor], world: ManyProcesses) -> None:
+    """Add up, over tp and in place, the ``gradients`` of parameters that tp does not split."""
+    _all_reduce([local(g) for g in gradients], world.group("tp"))
+
+
+@torch.no_grad()
+def sum_over_tied(gradients: list[Tensor], world: ManyProcesses) -> None:
+    """Add up, over the first and the last stage and in place, the ``gradients`` of what both hold."""
+    _all_reduce([local(g) for g in gradients], world.tied_group)
+
+
+def _all_reduce(tensors: list[Tensor], group) -> None:
+    """One all-reduce for all tensors of a dtype."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        by_dtype.setdefault(tensor.dtype, []).append(tensor)
+    for alike in by_dtype.values():
+        flat = torch.cat([tensor.flatten() for tensor in alike])
+        dist.all_reduce(flat, group=group)
+        parts = flat.split([tensor.numel() for tensor in alike])
+        torch._foreach_copy_(alike, [part.view_as(x) for part, x in zip(parts, alike, strict=True)])
+
+
+class Layout:
+    """What an optimiser needs to know of parameters that are spread over processes.
+
+    ``once``: parameters that another process holds too, in another stage, and counts.
+    """
+
+    def __init__(self, world: ManyProcesses, once: Iterable[nn.Parameter] = ()):
+        self.world, self._counted_elsewhere = world, set(once)
+
+    def norm(self, parameters: list[nn.Parameter], gradients: list[Tensor | None]) -> Tensor:
+        """The 2-norm of the gradient over all processes, the same on all; called by all at once.
+
+        fp32; fp64 where the first parameter is.
+        """
+        plan, groups = self.world.plan, [(), ("fsdp",), ("tp",), ("fsdp", "tp")]
+        parts = {axes: [] for axes in groups}
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None and parameter not in self._counted_elsewhere:
+                axes = tuple(axis for axis in ("fsdp", "tp") if axis in sharded_axes(gradient))
+                parts[axes].append(local(gradient))
+        device = self.world.mesh.device_type
+        squares = torch.stack(
+            [
+                torch.stack(torch._foreach_norm(tensors)).double().square().sum()
+                if tensors
+                else torch.zeros((), dtype=torch.float64, device=device)
+                for tensors in (parts[axes] for axes in groups)
+            ]
+        )
+        for axis in ("fsdp", "tp"):
+            if getattr(plan, axis) > 1:
+                summed = squares.clone()
+                dist.all_reduce(summed, group=self.world.group(axis))
+                mine = torch.tensor([axis in axes for axes in groups], device=squares.device)
+                squares = torch.where(mine, summed, squares)
+        total = squares.sum()
+        if plan.pp > 1:
+            dist.all_reduce(total, group=self.world.group("pp"))
+        precise = bool(parameters) and parameters[0].dtype == torch.float64
+        return self.world.same(total.sqrt()).to(torch.float64 if precise else torch.float32)
+
+    def whole_matrices(self, parts: Tensor, like: nn.Parameter, function) -> Tensor:
+        """``function`` of whole matrices, of which ``parts [k, rows, cols]`` are this process's parts.
+
+        The k matrices, of the shape and the sharding of ``like``, are divided among the processes of the stage, each of
+        which gets its matrices whole (``[k', rows, cols]``, k' may differ by process and be 0), applies ``function`` to
+        them, and hands the parts back. Whatever the sharding, a matrix is computed once.
+        """
+        mesh = self.world.update_mesh
+        if mesh is None:
+            return function(parts)
+        axes = sharded_axes(like)
+        here = [Shard(axes[name] + 1) if name in axes else Replicate() for name in mesh.mesh_dim_names]
+        owned = [Shard(0)] * mesh.ndim
+        rows, cols = like.shape
+        shape = torch.Size((len(parts), rows, cols))
+        stride = (rows * cols, cols, 1)
+        spread = DTensor.from_local(parts, mesh, here, run_check=False, shape=shape, stride=stride)
+        mine = spread.redistribute(placements=owned).to_local()
+        mine = function(mine.contiguous()) if mine.numel() else mine
+        done = DTensor.from_local(mine, mesh, owned, run_check=False, shape=shape, stride=stride)
+        return done.redistribute(placements=here).to_local()
