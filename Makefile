@@ -2,13 +2,14 @@
 # make test    install and run all tests
 # make test-peers  install other implementations (1 GB) and compare with them
 # make test-kernels  the same installation: run the Triton kernels, on the GPU or in Triton's interpreter
+# make test-integrations  install DeepSpeed, Accelerate and Fabric: run examples/integrations on two processes
 # make gpu-check  everything that needs an NVIDIA GPU: tests, sanitizer, benchmarks; installs nothing
 # make lint    style and common mistakes
 PYTHON ?= python3
 VENV ?= .venv
 export PYTHON
 
-.PHONY: demo test test-peers test-kernels gpu-check lint clean
+.PHONY: demo test test-peers test-kernels test-integrations gpu-check lint clean
 demo: $(VENV)/.demo
 	$(VENV)/bin/depthmix compare --recipe quick --out runs/demo --resume
 
@@ -20,6 +21,9 @@ test-peers: $(VENV)/.peers
 
 test-kernels: $(VENV)/.peers
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m kernels tests/kernels
+
+test-integrations: $(VENV)/.integrations
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m integrations tests/integrations
 
 gpu-check:
 	scripts/gpu_check.sh
@@ -38,6 +42,10 @@ $(VENV)/.test: pyproject.toml constraints-cpu.txt
 
 $(VENV)/.peers: pyproject.toml constraints-cpu.txt
 	scripts/install.sh $(VENV) test,dev,peers
+	@touch $@
+
+$(VENV)/.integrations: pyproject.toml constraints-cpu.txt
+	scripts/install.sh $(VENV) test,dev,integrations
 	@touch $@
 
 clean:
