@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 
+import depthmix.parallel.engine as engine_module
 import depthmix.train as train_module
 from depthmix import GPT, GPTConfig, available_residuals, cli, health, watch
 from depthmix.checkpoint import latest_checkpoint, load_checkpoint

@@ -262,6 +262,11 @@ class GPT(nn.Module):
         nanoGPT's initialisation: matrices normal(0, .02), projections into the trunk divided by
         sqrt(L); norms 1; connections as their own equations say.
         """
+        if hollow := [name for name, p in self.named_parameters() if p.numel() == 0]:
+            raise UserError(
+                f"parameter {hollow[0]} has no elements here, as something (deepspeed.zero.Init, say) took them away while "
+                f"the model was made: build it without, or call init_weights again where parameters are whole"
+            )
         if seed is None:
             seed = int(torch.randint(2**31, ()).item())
         generator = torch.Generator().manual_seed(seed)

@@ -17,6 +17,7 @@ outside: the norm of a block's attention is not fused into the block before, nor
 foreseen (:attr:`depthmix.GPT.blocks_apart`). **DDP** otherwise.
 """
 
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -69,6 +70,8 @@ def data_parallel(part: nn.Module, world: ManyProcesses, *, always_shard: bool =
     plan = world.plan
     if plan.fsdp > 1 or (plan.tp > 1 and plan.dp > 1) or always_shard:
         mesh = world.mesh["dp", "fsdp"] if plan.dp > 1 else world.mesh["fsdp"]
+        # Our blocks return views, of results that nobody changes in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         for block in part.whole_blocks():
             fully_shard(block, mesh=mesh)
         fully_shard(part, mesh=mesh, reshard_after_forward=False)
