@@ -13,6 +13,7 @@ the vocabulary.
 """
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -263,10 +264,13 @@ class GPT(nn.Module):
         sqrt(L); norms 1; connections as their own equations say.
         """
         if hollow := [name for name, p in self.named_parameters() if p.numel() == 0]:
-            raise UserError(
-                f"parameter {hollow[0]} has no elements here, as something (deepspeed.zero.Init, say) took them away while "
-                f"the model was made: build it without, or call init_weights again where parameters are whole"
+            # Something like deepspeed.zero.Init takes parameters apart while the model is being made.
+            warnings.warn(
+                f"weights are not initialised: {hollow[0]} and {len(hollow) - 1} others have no elements in this "
+                f"process. Call init_weights(seed) where they are whole",
+                stacklevel=2,
             )
+            return
         if seed is None:
             seed = int(torch.randint(2**31, ()).item())
         generator = torch.Generator().manual_seed(seed)
