@@ -1,11 +1,15 @@
 """Some optimiser steps of a small model on random tokens: by one process, or by those of torchrun.
 
-As a script: ``torchrun ... steps.py CASES OUT`` takes the cases in the JSON file CASES one after the other and leaves
-``OUT/CASE-RANK.pt`` with losses, gradient norms and whole weights. ``run`` is the same for one process.
+``run`` takes one case; ``run_many`` starts torchrun on this file with many, one after the other in the same processes;
+``differences`` says how far two results are from each other. Used by the tests and by
+``benchmarks/parallel_exactness.py``.
 """
 
 import json
+import os
+import subprocess
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -14,22 +18,26 @@ import torch
 from depthmix import GPT
 from depthmix.config import GPTConfig, OptimConfig, TrainConfig
 from depthmix.parallel.engine import build_engine
+from depthmix.parallel.plan import ParallelPlan
 from depthmix.parallel.world import ManyProcesses, World
 
 STEPS = 20
 
 
 def make_config(case: dict) -> TrainConfig:
-    """``case``: fields of the model, and of the run under ``run``."""
-    model = {"vocab_size": 64, "n_layer": 8, "d_model": 16, "n_head": 4, "seq_len": 16, "n_streams": 3}
+    """``case``: ``parallel``, fields of the model under ``model``, of the run under ``run``."""
+    model = {"vocab_size": 64, "n_layer": 4, "d_model": 16, "n_head": 4, "seq_len": 16, "n_streams": 3}
     model |= case.get("model", {})
-    run = {"batch_size": 8, "micro_batch": 1, "seed": 3, "device": "cpu", **case.get("run", {})}
+    run = {"batch_size": 4, "micro_batch": 1, "seed": 3, "device": "cpu", **case.get("run", {})}
     optim = OptimConfig(lr=0.003, muon_lr=0.01, warmup_steps=5)
-    return TrainConfig(model=GPTConfig(**model), optim=optim, parallel=case.get("parallel", "dp=1"), **run)
+    return TrainConfig(model=GPTConfig(**model), optim=optim, parallel=case.get("parallel", ""), **run)
 
 
 def run(case: dict, world: World) -> dict:
-    """Losses and norms of every step, and the whole weights that this process has."""
+    """Losses and gradient norms of ``case["steps"]`` steps, and the whole weights that this process has then.
+
+    ``case["dtype"]``: of the weights.
+    """
     config = make_config(case)
     dtype = getattr(torch, case.get("dtype", "float32"))
 
@@ -45,9 +53,8 @@ def run(case: dict, world: World) -> dict:
     draw = torch.Generator().manual_seed(5)
     rows, losses, norms = engine.rows, [], []
     for step in range(case.get("steps", STEPS)):
-        tokens = torch.randint(
-            config.model.vocab_size, (config.batch_size, config.model.seq_len + 1), generator=draw
-        )
+        shape = config.batch_size, config.model.seq_len + 1
+        tokens = torch.randint(config.model.vocab_size, shape, generator=draw)
         own = tokens[world.data_rank * rows : (world.data_rank + 1) * rows]
         engine.optimizer.zero_grad()
         engine.optimizer.set_lr_fraction(config.optim.lr_fraction(step, STEPS))
@@ -62,17 +69,73 @@ def whole(x):
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
-def main() -> None:
-    from depthmix.parallel.plan import ParallelPlan
-
+def run_alone(case: dict) -> dict:
+    """``run`` in this process, with one thread as torchrun's have."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    for name, case in cases.items():
-        plan = ParallelPlan.parse(case["parallel"])
-        world = ManyProcesses(plan, "cpu", timeout_s=60)
+    try:
+        return run({**case, "parallel": ""}, World())
+    finally:
+        torch.set_num_threads(threads)
+
+
+def run_many(cases: dict[str, dict], processes: int, timeout_s: float = 600) -> dict[str, dict]:
+    """``run`` of every case by as many processes; the weights of all stages together."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "cases.json").write_text(json.dumps(list(cases.values())))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc-per-node={processes}", __file__, str(folder)]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout_s,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-4000:]
+        found = {}
+        for number, (key, case) in enumerate(cases.items()):
+            stages = range(ParallelPlan.parse(case["parallel"]).pp)
+            parts = [torch.load(folder / f"{number}-{stage}.pt") for stage in stages]
+            tied = [part["weights"]["embed.weight"] for part in (parts[0], parts[-1])]
+            assert torch.equal(*tied), "both ends of the pipeline must have the same embedding"
+            assert all(part["losses"] == parts[0]["losses"] for part in parts), "one loss on all processes"
+            assert all(part["norms"] == parts[0]["norms"] for part in parts), "one norm on all processes"
+            found[key] = parts[0]
+            for part in parts[1:]:
+                found[key]["weights"] |= part["weights"]
+        return found
+
+
+def differences(found: dict, wanted: dict) -> dict[str, float]:
+    """Largest relative difference of a loss and of a gradient norm; of the weights that of all together, in the 2-norm
+    (``weights``), and that of the tensor where it is largest (``worst_tensor``)."""
+    assert found["weights"].keys() == wanted["weights"].keys()
+
+    def relative(key: str) -> float:
+        a, b = (torch.tensor(x[key], dtype=torch.float64) for x in (found, wanted))
+        return ((a - b).abs() / b.abs()).max().item()
+
+    pairs = [
+        (found["weights"][name].double(), wanted["weights"][name].double()) for name in wanted["weights"]
+    ]
+    squares = [((a - b).square().sum().item(), b.square().sum().item()) for a, b in pairs]
+    total, size = map(sum, zip(*squares, strict=True))
+    worst = max(part / whole if whole else float(part > 0) for part, whole in squares)
+    return {
+        "loss": relative("losses"),
+        "grad_norm": relative("norms"),
+        "weights": (total / size) ** 0.5,
+        "worst_tensor": worst**0.5,
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    for number, case in enumerate(json.loads((folder / "cases.json").read_text())):
+        world = ManyProcesses(ParallelPlan.parse(case["parallel"]), "cpu", timeout_s=120)
         found = run(case, world)
-        if world.place["dp"] == world.place["fsdp"] == world.place["tp"] == 0:
-            torch.save(found, out / f"{name}-{world.place['pp']}.pt")
+        if world.data_rank == world.place["tp"] == 0:
+            torch.save(found, folder / f"{number}-{world.place['pp']}.pt")
         world.close()
 
 

@@ -1,0 +1,89 @@
+"""Every plan computes what one process computes: losses, norms, weights; by real processes.
+
+The truth is the engine of one process, on the same micro-batches. In fp64 nothing but the equations shows; in fp32 the
+order of sums does, and Muon's polynomial enlarges it in directions of small gradients, so weights are compared as a
+whole.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from depthmix import available_residuals
+
+_spec = importlib.util.spec_from_file_location("parallel_steps", Path(__file__).with_name("steps.py"))
+steps = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(steps)
+
+pytestmark = pytest.mark.slow
+
+SPECS = [*available_residuals(), "denseformer:dilation=2:period=2", "attnres-block:blocks=3"]
+
+
+@pytest.fixture(scope="module")
+def in_double():
+    """All names in fp64, cut into four stages of two processes with a cache, each on two sequence parts."""
+    plan = "tp=2,pp=2,schedule=interleaved,stages=4"
+    cases = {
+        spec: {"parallel": plan, "dtype": "float64", "steps": 2, "model": {"residual": spec}}
+        for spec in SPECS
+    }
+    return cases, steps.run_many(cases, 4)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_every_connection_in_double_precision(in_double, spec):
+    cases, found = in_double
+    off = steps.differences(found[spec], steps.run_alone(cases[spec]))
+    # Losses are added up in fp32, where two numbers of one value may differ in the last of 24 bits.
+    assert off["loss"] < 3e-7
+    assert off["grad_norm"] < 1e-14
+    assert off["worst_tensor"] < 1e-12
+
+
+PAIRS = [
+    ("prenorm", "dp=4", {}),
+    ("prenorm", "fsdp=2,tp=2", {}),
+    ("prenorm", "pp=4", {}),
+    ("mgr-independent", "fsdp=4", {}),
+    ("mgr-independent", "tp=2,pp=2,schedule=gpipe", {}),
+    ("mgr-competitive", "dp=2,pp=2", {}),
+    ("mgr-competitive", "dp=2,tp=2", {}),
+    ("mgr-competitive", "fsdp=2,pp=2,schedule=interleaved", {}),
+    ("mgr-competitive", "fsdp=2,pp=2", {"stream_memory": "store"}),
+    ("mgr-competitive", "tp=2,pp=2", {"stream_memory": "inversion"}),
+    ("mgr-independent", "dp=2,fsdp=2", {"activation_checkpointing": True}),
+    ("attnres", "dp=2,fsdp=2", {}),
+    ("attnres-block:blocks=3", "fsdp=2,pp=2,schedule=interleaved", {"activation_checkpointing": True}),
+    ("hc", "fsdp=2,tp=2", {}),
+    ("mhc", "tp=2,pp=2", {}),
+    ("mhc-lite", "dp=2,pp=2,schedule=gpipe", {}),
+]
+
+
+def _case(spec: str, plan: str, options: dict) -> dict:
+    options = dict(options)
+    again = options.pop("activation_checkpointing", False)
+    return {
+        "parallel": plan,
+        "model": {"residual": spec, **options},
+        "run": {"activation_checkpointing": again},
+    }
+
+
+@pytest.fixture(scope="module")
+def in_single():
+    return steps.run_many({str(i): _case(*pair) for i, pair in enumerate(PAIRS)}, 4)
+
+
+@pytest.mark.parametrize("number", range(len(PAIRS)), ids=[f"{s}-{p}-{o}" for s, p, o in PAIRS])
+def test_twenty_steps_in_single_precision(in_single, number):
+    # The truth keeps every stream and every activation.
+    spec, _, _ = PAIRS[number]
+    memory = {"stream_memory": "store"} if spec.startswith("mgr") else {}
+    off = steps.differences(in_single[str(number)], steps.run_alone({"model": {"residual": spec, **memory}}))
+    assert off["loss"] < 1e-5
+    assert off["weights"] < 1e-5
+    # Larger than 1e-5: norms of gradients that cancel to little (see the module's docstring).
+    assert off["grad_norm"] < 1e-4

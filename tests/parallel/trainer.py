@@ -1,0 +1,46 @@
+"""``depthmix`` with the arguments given, as a test wants to see it: under torchrun or alone.
+
+Environment: ``RECORD`` is a folder for ``RANK-PID.jsonl`` with a line for each batch, where in the data it began
+(``place``), which part of it this process has (``part``) and which windows those are; ``STOP_AT`` is the number of
+batches after which this process, if it is rank 0, gets a SIGTERM.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from depthmix import cli
+from depthmix.data.loader import Loader
+
+rank = os.environ.get("RANK", "0")
+windows: list[int] = []
+next_batch, window = Loader.next_batch, Loader._window
+
+
+def recorded_window(self, row):
+    windows.append(window(self, row))
+    return windows[-1]
+
+
+def recorded_batch(self):
+    place = self.epoch * self.windows + self.index
+    windows.clear()
+    batch = next_batch(self)
+    if folder := os.environ.get("RECORD"):
+        line = {"place": place, "part": self.rank, "parts": self.world_size, "windows": list(windows)}
+        with open(Path(folder) / f"{rank}-{os.getpid()}.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+    recorded_batch.count += 1
+    if rank == "0" and recorded_batch.count == int(os.environ.get("STOP_AT", "0")):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return batch
+
+
+recorded_batch.count = 0
+Loader._window, Loader.next_batch = recorded_window, recorded_batch
+torch.set_num_threads(1)
+sys.exit(cli.main(sys.argv[1:]))
