@@ -55,6 +55,8 @@ from ..config import GPTConfig, TrainConfig
 from ..errors import UserError
 from .plan import ParallelPlan, cuts, stage_blocks
 
+LARGEST_BATCH = 1 << 26
+"""Numbers of the matrices of one shape that Muon takes at once."""
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "broadcast", "point-to-point")
 
 
@@ -334,6 +336,7 @@ class _Process:
         yield from self._data()
         yield from self._sequence()
         yield from self._states()
+        yield from self._updates()
         yield from self._scalars()
 
     def _data(self):
@@ -358,7 +361,10 @@ class _Process:
         gathered = reduced = gathers = reductions = 0
         for stage in self.stages:
             for unit in stage.blocks:
-                gathered, gathers = gathered + 2 * M * self._padded(unit), gathers + 2 * M
+                # A forward pass gives a block's parameters back, a backward pass does so at the end of the step alone
+                # where there is a pipeline: whatever follows it then finds them.
+                times = M + 1 if plan.pp > 1 else 2 * M
+                gathered, gathers = gathered + times * self._padded(unit), gathers + times
                 reduced, reductions = reduced + self._padded(unit), reductions + 1
             if stage.rest:
                 times = 1 if plan.pp > 1 else M
@@ -407,6 +413,73 @@ class _Process:
             numbers = self._held(Weight((self.model.vocab_size, self.model.d_model)))
             yield Volume("all-reduce", "tied", "gradients", numbers * self.size, 1, 2)
 
+    def _updates(self):
+        """Muon's matrices on their way to one process each and back, shape by shape."""
+        alike: dict[tuple, int] = {}
+        for stage in self.stages:
+            for w in stage.all:
+                if w.muon:
+                    key = w.shape, w.split if self.plan.tp > 1 else None
+                    alike[key] = alike.get(key, 0) + 1
+        found: dict[tuple[str, str], list[int]] = {}
+        for (shape, split), count in alike.items():
+            most = max(1, LARGEST_BATCH // math.prod(shape))
+            for first in range(0, count, most):
+                for kind, axis, numbers in self._moves(min(most, count - first), *shape, split):
+                    total = found.setdefault((kind, axis), [0, 0])
+                    total[0] += numbers * 4
+                    total[1] += 1
+        for (kind, axis), (size, calls) in found.items():
+            yield Volume(kind, axis, "updates", size, calls, getattr(self.plan, axis))
+
+    def _moves(self, k: int, rows: int, cols: int, split: int | None):
+        """``(kind, axis, numbers)`` of each collective for k matrices: torch's DTensor chooses them.
+
+        To divide k matrices among all that hold parts of them, from one sharded axis an all-to-all is enough; from two, or
+        where dp holds copies, everything is gathered and divided without sending. Back, innermost axis first, it is an
+        all-to-all, or a gathering where both axes divide rows and the outer one must come first.
+        """
+        dp, fsdp, tp = self.plan.dp, self.plan.fsdp, self.plan.tp
+        owners = k  # matrices of this process's group, by axis from the outermost
+        groups = {}
+        for axis in ("dp", "tp", "fsdp"):
+            groups[axis] = owners
+            each = -(-owners // getattr(self.plan, axis))
+            owners = max(0, min(each, owners - self.place[axis] * each))
+        high, wide = rows, cols  # of a part under tp alone
+        if split == 0:
+            high //= tp
+        elif split == 1:
+            wide //= tp
+        filled = _up(high, fsdp)
+        each = filled // fsdp
+        mine = max(0, min(each, high - self.place["fsdp"] * each))
+        if tp > 1 and fsdp > 1:
+            yield "all-gather", "fsdp", k * filled * wide
+            yield "all-gather", "tp", k * rows * cols
+            if split == 0:
+                yield "all-gather", "fsdp", _up(groups["fsdp"], fsdp) * rows * cols
+                yield "all-gather", "tp", _up(groups["tp"], tp) * rows * cols
+                mine = high
+            else:
+                yield self._exchange("fsdp", _up(groups["fsdp"], fsdp) * _up(rows, fsdp) * cols)
+                yield self._exchange("tp", _up(groups["tp"], tp) * mine * cols)
+        elif tp > 1 or fsdp > 1:
+            axis, whole = ("tp", rows * cols) if tp > 1 else ("fsdp", filled * cols)
+            if dp > 1:
+                yield "all-gather", axis, k * whole
+            else:
+                yield self._exchange(axis, _up(k, getattr(self.plan, axis)) * whole)
+            yield self._exchange(axis, _up(groups[axis], getattr(self.plan, axis)) * whole)
+        if dp > 1:
+            yield "all-gather", "dp", _up(k, dp) * mine * wide
+
+    def _exchange(self, axis: str, numbers: int):
+        """An all-to-all of ``numbers`` in all; on gloo, for which torch has none, a gathering of everything."""
+        if self.backend == "gloo":
+            return "all-gather", axis, numbers
+        return "all-to-all", axis, numbers // getattr(self.plan, axis)
+
     def _scalars(self):
         plan = self.plan
         yield Volume("all-reduce", "world", "loss", 8, 1, plan.processes)
@@ -416,6 +489,11 @@ class _Process:
         if plan.pp > 1:
             yield Volume("all-reduce", "pp", "norm", 8, 1, plan.pp)
         yield Volume("broadcast", "world", "norm", 8, 1, plan.processes)
+
+
+def _up(count: int, of: int) -> int:
+    """``count``, or the next multiple of ``of``."""
+    return -(-count // of) * of
 
 
 def wire_bytes(volume: Volume) -> float:
