@@ -206,6 +206,16 @@ _CROSSINGS = {
 }
 
 
+_ADDING = ("prenorm", "moda")
+
+
+def _write_keeps_nothing(model: GPTConfig, sublayer: int) -> bool:
+    """Whether the gradient of a write needs neither the output nor the state: it adds, or puts side by side."""
+    if model.residual.startswith("mgr-"):
+        return sublayer < model.n_streams  # in the ramp
+    return model.residual in (*_ADDING, "attnres", "attnres-block", "denseformer")
+
+
 # --- parameters of a stage ------------------------------------------------------------------------
 
 
@@ -301,6 +311,9 @@ def step_volume(config: TrainConfig, plan: ParallelPlan, backend: str | None = N
     """
     largest: dict[tuple, Volume] = {}
     for rank in range(plan.processes):
+        place = plan.coordinates(rank)
+        if place["dp"] or place["tp"]:
+            continue  # the first of them have the most
         for volume in process_volume(config, plan, rank, backend, cache):
             key = volume.kind, volume.axis, volume.what, volume.boundary, volume.direction
             known = largest.get(key, volume)
@@ -346,7 +359,8 @@ class _Process:
         elif plan.dp > 1:
             numbers = sum(math.prod(w.shape) for stage in self.stages for w in stage.all)
             times = self.micro_batches if self.config.precision == "bf16" and plan.pp == 1 else 1
-            yield Volume("all-reduce", "dp", "gradients", times * numbers * self.size, times, plan.dp)
+            calls = sum(_buckets([math.prod(w.shape) * self.size for w in stage.all]) for stage in self.stages)
+            yield Volume("all-reduce", "dp", "gradients", times * numbers * self.size, times * calls, plan.dp)
 
     def _padded(self, unit) -> int:
         """Numbers of one process of tp, each parameter's rows filled up to a multiple of fsdp."""
@@ -384,14 +398,35 @@ class _Process:
         plan = self.plan
         if plan.tp == 1:
             return
-        blocks = sum(len(stage.blocks) for stage in self.stages)
-        one = self.tokens * self.model.d_model * self.size
-        calls = self.micro_batches * 4 * blocks  # two sublayers, two passes
-        yield Volume("all-gather", "tp", "sequence", calls * one, calls, plan.tp)
-        yield Volume("reduce-scatter", "tp", "sequence", calls * one, calls, plan.tp)
+        sublayers = 2 * sum(len(stage.blocks) for stage in self.stages)
+        # What a connection splits by heads is fed with the whole sequence too, and sums nothing.
+        fed = sum(w.split is not None for stage in self.stages for w in stage.all) - 2 * sublayers
+        once, again = self.micro_batches, int(self.config.activation_checkpointing)
+        one = self.tokens * self.model.d_model
+        # Norms give the dtype of the states, matrix products under autocast bf16; gradients have their tensor's dtype.
+        normed, product = self.size, 2 if self.config.precision == "autocast" else self.size
+        into, out = once * (sublayers + fed), once * sublayers
+        gathers = (1 + again) * into + out
+        yield Volume("all-gather", "tp", "sequence", one * ((1 + again) * into * normed + out * product), gathers, plan.tp)
+        again_out = again * (out - once * self._not_run_again())
+        calls = into + out + again_out
+        yield Volume("reduce-scatter", "tp", "sequence", one * (into * normed + (out + again_out) * product), calls, plan.tp)
         whole = [w for stage in self.stages for w in stage.all if w.split is None]
         numbers = sum(self._held(w) for w in whole)
         yield Volume("all-reduce", "tp", "gradients", numbers * 4, 1, plan.tp)
+
+    def _not_run_again(self) -> int:
+        """Blocks that activation checkpointing runs again to their last matrix alone: of what follows nothing is kept."""
+        count = 0
+        for number, stage in zip(self.numbers, self.stages, strict=True):
+            first = stage_blocks(self.model.n_layer, self.plan.stages)[number].start
+            for i in range(first, first + len(stage.blocks)):
+                last = i == self.model.n_layer - 1
+                if i == first + len(stage.blocks) - 1 and not last:  # it ends with a write alone
+                    count += _write_keeps_nothing(self.model, 2 * i + 2)
+                elif self.sharded or self.plan.pp > 1 or last:  # else the next block's norm comes with it
+                    count += self.model.residual in _ADDING
+        return count
 
     def _held(self, weight: Weight) -> int:
         """Numbers of ``weight`` that this process holds."""
@@ -489,6 +524,19 @@ class _Process:
         if plan.pp > 1:
             yield Volume("all-reduce", "pp", "norm", 8, 1, plan.pp)
         yield Volume("broadcast", "world", "norm", 8, 1, plan.processes)
+
+
+def _buckets(sizes: list[int]) -> int:
+    """All-reduces of DDP for parameters of these bytes: one of 1 MiB, then of 25 MiB each, last parameters first.
+
+    DDP fills them in the order in which gradients come, which may differ from this a little.
+    """
+    count, limit, filled = 0, 1 << 20, 0
+    for size in reversed(sizes):
+        filled += size
+        if filled >= limit:
+            count, limit, filled = count + 1, 25 << 20, 0
+    return count + (filled > 0)
 
 
 def _up(count: int, of: int) -> int:
