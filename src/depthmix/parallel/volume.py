@@ -206,14 +206,11 @@ _CROSSINGS = {
 }
 
 
-_ADDING = ("prenorm", "moda")
-
-
 def _write_keeps_nothing(model: GPTConfig, sublayer: int) -> bool:
     """Whether the gradient of a write needs neither the output nor the state: it adds, or puts side by side."""
     if model.residual.startswith("mgr-"):
         return sublayer < model.n_streams  # in the ramp
-    return model.residual in (*_ADDING, "attnres", "attnres-block", "denseformer")
+    return model.residual in ("prenorm", "attnres", "attnres-block", "denseformer")
 
 
 # --- parameters of a stage ------------------------------------------------------------------------
@@ -425,7 +422,8 @@ class _Process:
                 if i == first + len(stage.blocks) - 1 and not last:  # it ends with a write alone
                     count += _write_keeps_nothing(self.model, 2 * i + 2)
                 elif self.sharded or self.plan.pp > 1 or last:  # else the next block's norm comes with it
-                    count += self.model.residual in _ADDING
+                    # Every MLP of moda but the last is followed by a projection.
+                    count += self.model.residual == "prenorm" or (self.model.residual == "moda" and last)
         return count
 
     def _held(self, weight: Weight) -> int:
@@ -544,16 +542,16 @@ def _up(count: int, of: int) -> int:
     return -(-count // of) * of
 
 
-def wire_bytes(volume: Volume) -> float:
+def wire_bytes(volume: Volume, backend: str = "nccl") -> float:
     """Bytes that one process sends where collectives run as rings of g processes.
 
     (g - 1) / g of the payload for all-gather, reduce-scatter and all-to-all, twice that for all-reduce; all of it
-    point-to-point and for a broadcast.
+    point-to-point and for a broadcast. gloo runs a reduce-scatter as an all-reduce.
     """
     share = (volume.group - 1) / volume.group
     factor = {
         "all-gather": share,
-        "reduce-scatter": share,
+        "reduce-scatter": 2 * share if backend == "gloo" else share,
         "all-to-all": share,
         "all-reduce": 2 * share,
         "broadcast": 1.0,
