@@ -1,5 +1,6 @@
 """What processes do send is what the formulas say, to the byte; and what sockets carry is what was counted."""
 
+import dataclasses
 import json
 
 import pytest
@@ -18,9 +19,13 @@ CUT = "pp=2,schedule=interleaved,stages=4"
 def cases_of_two():
     """Every connection over cuts with the cache, and over the sequence; a few in other ways."""
     cases = [make_case(name, 8, 3, CUT) for name in available_residuals()]
-    cases += [make_case(name, 4, 3, "tp=2") for name in ("prenorm", "mgr-competitive", "mhc", "attnres", "moda")]
+    cases += [
+        make_case(name, 4, 3, "tp=2") for name in ("prenorm", "mgr-competitive", "mhc", "attnres", "moda")
+    ]
     cases += [make_case("mgr-review", 4, 2, plan, "bf16") for plan in ("dp=2", "fsdp=2", "pp=2")]
-    cases += [make_case(name, 4, 2, plan, "autocast") for name in ("siamese", "moda") for plan in ("tp=2", "pp=2")]
+    cases += [
+        make_case(name, 4, 2, plan, "autocast") for name in ("siamese", "moda") for plan in ("tp=2", "pp=2")
+    ]
     return cases
 
 
@@ -38,7 +43,9 @@ def differences(config, ranks):
         theirs = {tuple(row[:5]): row[5:] for row in counted["sent"]}
         for key in ours.keys() | theirs.keys():
             if ours.get(key) != theirs.get(key):
-                found.append((config.model.residual, config.parallel, rank, key, ours.get(key), theirs.get(key)))
+                found.append(
+                    (config.model.residual, config.parallel, rank, key, ours.get(key), theirs.get(key))
+                )
     return found
 
 
@@ -62,7 +69,7 @@ def test_sockets_carry_what_was_counted():
     for plan in ("pp=2", "dp=2", "fsdp=2"):
         model = model_config("mgr-competitive", 8, 4)
         wide = {"d_model": 128, "seq_len": 64, "vocab_size": 256}
-        model = type(model)(**{**vars(model), **wide, "head_size": None})
+        model = dataclasses.replace(model, **wide)
         configs.append(TrainConfig(model=model, batch_size=8, micro_batch=1, device="cpu", parallel=plan))
     for config, ranks in zip(configs, run_cases(configs, 2, TIMEOUT_S), strict=True):
         plan = ParallelPlan.parse(config.parallel)
@@ -95,7 +102,16 @@ def test_formulas_alone_run_nothing(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(comm_command, "run_cases", None)
     out, plot = tmp_path / "comm.json", tmp_path / "comm.png"
-    argv = ["comm", "--formulas", "--residuals", "prenorm,mgr-competitive", "--stages", "4", "--n-streams", "2,3"]
+    argv = [
+        "comm",
+        "--formulas",
+        "--residuals",
+        "prenorm,mgr-competitive",
+        "--stages",
+        "4",
+        "--n-streams",
+        "2,3",
+    ]
     assert cli.main([*argv, "--out", str(out), "--plot", str(plot)]) == 0
     assert plot.read_bytes().startswith(b"\x89PNG")
     cases = json.loads(out.read_text())["cases"]

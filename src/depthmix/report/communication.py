@@ -45,7 +45,9 @@ def at_depth(residual: str, n: int, sublayers: int) -> float:
 def of_step(residual: str, n: int, stages: int, interleaved: bool, cache: bool) -> float:
     """Numbers per token, in units of D, that cross all cuts both ways in one step."""
     plan = (
-        ParallelPlan(pp=stages // 2, stages=stages, schedule="interleaved") if interleaved else ParallelPlan(pp=stages)
+        ParallelPlan(pp=stages // 2, stages=stages, schedule="interleaved")
+        if interleaved
+        else ParallelPlan(pp=stages)
     )
     model = _model(residual, n, STEP_DEPTH)
     return sum(2 * boundary_numbers(model, plan, cut, cache) for cut in range(stages - 1)) / WIDTH
@@ -69,15 +71,24 @@ def png() -> bytes:
 def _against_depth(ax) -> None:
     for label, residual, n, colour, line, marker in LINES:
         values = [at_depth(residual, n, depth) for depth in DEPTHS]
-        ax.plot(DEPTHS, values, color=colour, linestyle=line, marker=marker, markersize=4, linewidth=1.5, label=label)
+        ax.plot(
+            DEPTHS,
+            values,
+            color=colour,
+            linestyle=line,
+            marker=marker,
+            markersize=4,
+            linewidth=1.5,
+            label=label,
+        )
     ax.set_title("One boundary, behind 3/4 of the sublayers, one way")
     ax.set_xlabel("depth (sublayers)")
     ax.set_ylabel("numbers per token in units of D")
-    _logarithmic(ax, DEPTHS[::2] + (192,), (1, 2, 4, 8, 16, 32, 64, 128, 256))
+    _logarithmic(ax, (8, 16, 32, 64, 128, 192), (1, 2, 4, 8, 16, 32, 64, 128, 256))
 
 
 def _against_stages(ax) -> None:
-    for label, residual, n, colour, line, marker in LINES:
+    for _, residual, n, colour, line, marker in LINES:
         values = [of_step(residual, n, stages, False, False) for stages in STAGES]
         ax.plot(STAGES, values, color=colour, linestyle=line, marker=marker, markersize=4, linewidth=1.5)
         if residual in CACHED:
@@ -100,7 +111,6 @@ def _logarithmic(ax, x_ticks, y_ticks) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     plain = FuncFormatter(lambda value, _: f"{value:,.0f}")
-    low, high = ax.get_ylim()
     for axis, set_scale, ticks in ((ax.xaxis, ax.set_xscale, x_ticks), (ax.yaxis, ax.set_yscale, y_ticks)):
         set_scale("log", base=2)
         axis.set_major_locator(FixedLocator(ticks))
