@@ -6,7 +6,7 @@ import warnings
 from ..config import GPTConfig
 from ..parallel.plan import ParallelPlan
 from ..parallel.volume import boundary_numbers
-from .plots import INK, PALETTE, _figure, _legend, _settings
+from .plots import INK, PALETTE, _figure, _settings
 
 WIDTH, HEADS, TOKENS, ROWS = 1024, 8, 1024, 32
 DEPTHS = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192)
@@ -62,7 +62,8 @@ def png() -> bytes:
         figure, axes = _figure(11, 4.9, 2, INK, transparent=False)
         _against_depth(axes[0])
         _against_stages(axes[1])
-        _legend(figure, axes)
+        handles = [pair for ax in axes for pair in zip(*ax.get_legend_handles_labels(), strict=True)]
+        figure.legend(*zip(*handles, strict=True), loc="outside lower center", ncols=5)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
     return buffer.getvalue()
