@@ -33,6 +33,7 @@ VERBS = {
     "map": "draw how much of every earlier output each sublayer reads (the mixing map)",
     "diagnose": "what networks do in depth: activations, gates, blocks, streams, as one report",
     "bench": "time the operations and a step, each checked against a reference first",
+    "comm": "count the bytes that cross between processes, beside the formulas",
     "data": "prepare or inspect training data (data prepare, data inspect)",
     "export": "write the weights of a run or checkpoint to one file for other programs",
     "info": "sizes and costs of a model without building it; --list names the residual connections",
@@ -130,6 +131,7 @@ def _dispatch(argv: list[str]) -> int:
         "map": _map,
         "diagnose": _diagnose,
         "bench": _bench,
+        "comm": _comm,
         "data": _data,
         "export": _export,
         "info": _info,
@@ -337,6 +339,12 @@ def _diagnose(argv: list[str]) -> int:
 
 def _bench(argv: list[str]) -> int:
     from .bench.command import main
+
+    return main(argv)
+
+
+def _comm(argv: list[str]) -> int:
+    from .comm_command import main
 
     return main(argv)
 

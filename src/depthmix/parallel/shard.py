@@ -79,7 +79,10 @@ def data_parallel(part: nn.Module, world: ManyProcesses, *, always_shard: bool =
         return part
     if plan.dp > 1:
         return nn.parallel.DistributedDataParallel(
-            part, process_group=world.group("dp"), gradient_as_bucket_view=True
+            part,
+            process_group=world.group("dp"),
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,  # tables of constants
         )
     return part
 
@@ -180,6 +183,6 @@ class Layout:
         stride = (rows * cols, cols, 1)
         spread = DTensor.from_local(parts, mesh, here, run_check=False, shape=shape, stride=stride)
         mine = spread.redistribute(placements=owned).to_local()
-        mine = function(mine.contiguous()) if mine.numel() else mine
+        mine = function(mine.contiguous())  # none of them too: what travels back has one dtype on all processes
         done = DTensor.from_local(mine, mesh, owned, run_check=False, shape=shape, stride=stride)
         return done.redistribute(placements=here).to_local()
