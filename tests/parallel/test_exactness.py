@@ -81,9 +81,15 @@ def in_single():
 def test_twenty_steps_in_single_precision(in_single, number):
     # The truth keeps every stream and every activation.
     spec, _, _ = PAIRS[number]
-    memory = {"stream_memory": "store"} if spec.startswith("mgr") else {}
-    off = steps.differences(in_single[str(number)], steps.run_alone({"model": {"residual": spec, **memory}}))
+    memory = {"stream_memory": "store"} if spec.startswith("mgr-") else {}
+    case = {"model": {"residual": spec, **memory}}
+    truth = steps.run_alone(case)
+    off = steps.differences(in_single[str(number)], truth)
     assert off["loss"] < 1e-5
-    assert off["weights"] < 1e-5
-    # Larger than 1e-5: norms of gradients that cancel to little (see the module's docstring).
-    assert off["grad_norm"] < 1e-4
+    assert off["grad_norm"] < 1e-5
+    limit = 1e-5
+    if spec == "mhc-lite":
+        # The gradients of its projections begin so near zero that AdamW follows their rounding: one process that adds
+        # up its micro-batches in another order is 1.1e-5 from itself.
+        limit = 2 * steps.differences(steps.run_alone({**case, "run": {"micro_batch": 2}}), truth)["weights"]
+    assert off["weights"] < limit
