@@ -138,7 +138,8 @@ def make_case(
             f"--parallel {plan!r} is one process, which sends nothing; give dp=2 or another plan of several"
         )
     return TrainConfig(
-        model=model_config(residual, sublayers, n_streams, d_model), batch_size=MICRO_BATCHES * parsed.data_ways, micro_batch=1,
+        model=model_config(residual, sublayers, n_streams, d_model),
+        batch_size=MICRO_BATCHES * parsed.data_ways, micro_batch=1,
         device="cpu", parallel=plan, precision=precision,
     )  # fmt: skip
 
