@@ -116,9 +116,16 @@ def train(
     if launched():
         # Before anybody waits for anybody: it may take hours, and not the same everywhere.
         prepare(config.data)
-    with _open_world(config, device, timeout_s) as world, contextlib.ExitStack() as held:
+    with (
+        contextlib.ExitStack() as until_the_end,
+        _open_world(config, device, timeout_s) as world,
+        contextlib.ExitStack() as held,
+    ):
         run = None
         stop = _StopSignals(quiet or not world.first, several=world.size > 1)
+        if world.size > 1:
+            # When one process fails, torchrun terminates the others, which have yet to find out and say why they end.
+            until_the_end.enter_context(stop)
 
         def where() -> str:
             latest = latest_checkpoint(run_dir / "checkpoints")
@@ -146,9 +153,6 @@ def train(
             write_json(run_dir / "environment.json", _environment(device, world))
             return None
 
-        if world.size > 1:
-            # When one process fails, torchrun terminates the others, which have yet to find out and say why they end.
-            held.enter_context(stop)
         with world.blame(where), _errors_named(run_dir):
             finished = world.decide(begin)
             if finished is not None:

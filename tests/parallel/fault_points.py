@@ -35,6 +35,8 @@ ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
 
 def signal_self(number: int):
     def send(run) -> None:
+        if number == signal.SIGSTOP:
+            Path(os.environ["DEPTHMIX_NOTES"], "stalled").touch()
         os.kill(os.getpid(), number)
         if number == signal.SIGKILL:
             time.sleep(60)  # the signal is for the process, and may take another thread first
