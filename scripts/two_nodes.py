@@ -90,7 +90,9 @@ class Nodes:
         self.processes, self.logs = [], logs
         logs.mkdir()
         for node in range(2):
-            conf = ",".join(f"{key}={value}" for key, value in {"is_host": int(node == 0), **RENDEZVOUS}.items())
+            conf = ",".join(
+                f"{key}={value}" for key, value in {"is_host": int(node == 0), **RENDEZVOUS}.items()
+            )
             command = [
                 *("ip", "netns", "exec", network.names[node], sys.executable, "-m", "torch.distributed.run"),
                 *("--nnodes=2", "--nproc-per-node=2", f"--node-rank={node}", "--max-restarts=3"),
@@ -179,7 +181,9 @@ def main() -> int:
     parser.add_argument("--parallel", default="dp=2,pp=2")
     parser.add_argument("--cut-at", type=int, default=13, help="steps done when the link goes down")
     parser.add_argument("--down", type=float, default=20, help="seconds until it comes back")
-    parser.add_argument("--limit", type=float, default=400, help="seconds after which a job counts as hanging")
+    parser.add_argument(
+        "--limit", type=float, default=400, help="seconds after which a job counts as hanging"
+    )
     parser.add_argument("--out", type=Path, help="file for the result")
     parser.add_argument("--keep", type=Path, help="folder for runs and logs, otherwise temporary")
     args = parser.parse_args()

@@ -5,13 +5,16 @@ the record goes (``DEPTHMIX_NOTES``, a folder) and what is to happen (``DEPTHMIX
 
     {"rank": 1, "at": "step", "step": 7, "do": "kill"}
 
-``at``: ``world`` before the processes meet; ``loop`` before the first step; ``step`` before the forward pass of
-``step``; ``validation`` in its second batch; ``save`` while checkpoint ``step`` is written, in the background; ``end``
-when all is done and the processes have parted. ``do``: see ``ACTIONS``. It happens in the first life of the job only,
-not after a restart.
+or a list of such, each with the life of the job that it is for, ``"attempt": 0`` if nothing is said: what happened once
+does not happen again after a restart.
 
-The record: ``pid-RANK-ATTEMPT``, and ``steps-RANK-ATTEMPT.jsonl`` with a line for each batch taken: its step, and
-epoch and number of every window that was read for it.
+``at``: ``world`` before the processes meet; ``loop`` before the first step; ``step`` before the forward pass of
+``step``, or of the one ``after`` so many of this life; ``validation`` in its second batch; ``save`` while checkpoint
+``step`` is written, in the background, or any; ``end`` when all is done and the processes have parted. ``do``: see
+``ACTIONS``.
+
+The record: ``pid-RANK-ATTEMPT``; ``fault-RANK-ATTEMPT`` once it has happened; and ``steps-RANK-ATTEMPT.jsonl``, with a
+line for each batch taken: its step, and epoch and number of every window that was read for it.
 """
 
 import json
@@ -35,8 +38,6 @@ ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
 
 def signal_self(number: int):
     def send(run) -> None:
-        if number == signal.SIGSTOP:
-            Path(os.environ["DEPTHMIX_NOTES"], "stalled").touch()
         os.kill(os.getpid(), number)
         if number == signal.SIGKILL:
             time.sleep(60)  # the signal is for the process, and may take another thread first
@@ -119,6 +120,8 @@ def inject(fault: dict) -> None:
     def once(run) -> None:
         if not here:
             here.append(run)
+            if "DEPTHMIX_NOTES" in os.environ:
+                Path(os.environ["DEPTHMIX_NOTES"], f"fault-{fault['rank']}-{fault.get('attempt', 0)}").touch()
             do(run)
 
     runs: list = []
@@ -128,7 +131,14 @@ def inject(fault: dict) -> None:
     elif at == "loop":
         before(train, "_loop", lambda run, stop: once(run))
     elif at == "step":
-        before(train, "_gradients", lambda run, *_: once(run) if run.step + 1 == step else None)
+        steps = []
+
+        def in_step(run, *_) -> None:
+            steps.append(run.step + 1)
+            if steps[-1] == step or len(steps) == fault.get("after"):
+                once(run)
+
+        before(train, "_gradients", in_step)
     elif at == "validation":
         batches = []
         for kind in (engine.ShardedEngine, engine.PipelineEngine):
@@ -141,7 +151,7 @@ def inject(fault: dict) -> None:
 
         def in_part(self, part, *_) -> None:
             assert threading.current_thread().name == "checkpoint"
-            if saves[-1] == step and part == fault.get("part", "optimizer"):
+            if step in (None, saves[-1]) and part == fault.get("part", "optimizer"):
                 once(runs[0])
 
         before(sharded.ShardedCheckpoints, "_write_part", in_part)
@@ -182,9 +192,10 @@ def main() -> int:
     torch.set_num_threads(1)
     if notes := os.environ.get("DEPTHMIX_NOTES"):
         record(Path(notes), rank, attempt)
-    fault = json.loads(os.environ.get("DEPTHMIX_FAULT") or "null")
-    if fault and fault["rank"] == rank and attempt == 0:
-        inject(fault)
+    faults = json.loads(os.environ.get("DEPTHMIX_FAULT") or "null") or []
+    for fault in [faults] if isinstance(faults, dict) else faults:
+        if fault["rank"] == rank and fault.get("attempt", 0) == attempt:
+            inject(fault)
     return cli.main()
 
 
