@@ -47,7 +47,7 @@ from depthmix.parallel.checkpoint import whole_tensors
 from depthmix.parallel.plan import ParallelPlan
 from depthmix.parallel.world import GRACE_S
 
-RANKS, INTERVAL, TIMEOUT_S = 4, 5, 15
+RANKS, INTERVAL, TIMEOUT_S = 4, 5, 30
 TORCHRUN_S = 30
 """What torchrun gives processes that it has asked to end."""
 PLANS = ("dp=2,pp=2", "fsdp=2,tp=2", "dp=4")

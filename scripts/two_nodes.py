@@ -34,7 +34,7 @@ SKIPPED = 77
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 PORT = 29400
 RENDEZVOUS = {"read_timeout": 60, "keep_alive_interval": 5, "keep_alive_max_attempt": 12, "join_timeout": 300}
-TIMEOUT_S = 15
+TIMEOUT_S = 20
 INTERVAL = 5
 
 

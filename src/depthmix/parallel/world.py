@@ -15,11 +15,11 @@ before it goes.
 
 import contextlib
 import datetime
-import itertools
 import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -33,10 +33,6 @@ TIMEOUT_S = 600.0
 """Seconds that a process waits for another in a collective, unless told otherwise."""
 GRACE_S = 5.0
 """Seconds within which every living process answers when the roll is called."""
-
-
-_worlds = itertools.count()
-"""Numbers the worlds of this process, one after the other: their keys in the store must differ."""
 
 
 class World:
@@ -129,11 +125,11 @@ class ManyProcesses(World):
         self._timeouts = _limit_new_groups(limit)
         try:
             self._store, self.rank, self.size = next(dist.rendezvous("env://", timeout=limit))
-            number = next(_worlds)
-            self._roll = _Roll(self._store, f"roll/{number}", self.rank, self.size)
+            life = _meet(self._store, self.rank, self.size, limit)
+            self._roll = _Roll(self._store, f"roll/{life}", self.rank, self.size)
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
-                store=dist.PrefixStore(f"groups/{number}", self._store),
+                store=dist.PrefixStore(f"groups/{life}", self._store),
                 rank=self.rank,
                 world_size=self.size,
                 timeout=limit,
@@ -141,10 +137,10 @@ class ManyProcesses(World):
             sizes = tuple(getattr(plan, axis) for axis in AXES)
             self.mesh = init_device_mesh(device_type, sizes, mesh_dim_names=AXES)
         except (RuntimeError, ValueError) as error:
-            missing = f"{self._roll.missing()}; " if self._roll else ""
+            found = self._roll.call(None) if self._roll else ""
             raise _lost(
-                f"the {size} processes did not find each other within {timeout_s:g} s ({missing}"
-                f"{_first_line(error)}); check that all were started with the same rendezvous endpoint"
+                f"the {size} processes did not find each other within {timeout_s:g} s "
+                f"({found or _first_line(error)}); check that all were started with the same rendezvous endpoint"
             ) from error
         self.place = plan.coordinates(self.rank)
         self._update_mesh = None
@@ -256,6 +252,42 @@ class ManyProcesses(World):
         return self._roll.call(how) or f"the processes lost each other ({_first_line(error)})"
 
 
+def _meet(store, rank: int, size: int, limit: datetime.timedelta) -> str:
+    """A word for this life of these processes, the same on all, and no other's; ``RuntimeError`` names who is missing.
+
+    torchrun keeps one store for all lives of a job, with what the processes of former ones left there. So nothing
+    counts but an answer to a word that is new: each says hello with one of its own, and rank 0, which alone knows the
+    word of this life, tells it to every new hello until all have said that they have it.
+    """
+    seconds = limit.total_seconds()
+    if rank:
+        hello = uuid.uuid4().hex
+        store.set(f"hello/{rank}", hello)
+        try:
+            store.wait([f"welcome/{hello}"], limit)
+        except RuntimeError as error:
+            raise RuntimeError("rank 0 never came") from error
+        life = store.get(f"welcome/{hello}").decode()
+        store.set(f"met/{life}/{rank}", "")
+        return life
+    life, until = uuid.uuid4().hex, time.monotonic() + seconds
+    awaited, welcomed = set(range(1, size)), set()
+    while True:
+        awaited = {other for other in awaited if not store.check([f"met/{life}/{other}"])}
+        if not awaited:
+            return life
+        if time.monotonic() > until:
+            raise RuntimeError(f"rank {', '.join(map(str, sorted(awaited)))} never came")
+        for other in awaited:
+            if (
+                store.check([f"hello/{other}"])
+                and (hello := store.get(f"hello/{other}").decode()) not in welcomed
+            ):
+                store.set(f"welcome/{hello}", life)
+                welcomed.add(hello)
+        time.sleep(0.02)
+
+
 class _Roll:
     """Who is there: answers for this process, from a thread of its own, and finds out who else does.
 
@@ -318,15 +350,6 @@ class _Roll:
     def _reasons(self) -> str:
         failed = {rank: self._has(f"failed/{rank}") for rank in self.others}
         return "; ".join(f"{self._name(rank)} failed: {text}" for rank, text in failed.items() if text)
-
-    def missing(self) -> str:
-        """A clause about who never came, or does not answer."""
-        absent = self._bounded(
-            lambda: [rank for rank in self.others if not self._has(f"who/{rank}")], GRACE_S
-        )
-        if absent:
-            return f"rank {', '.join(map(str, absent))} never came"
-        return self.call(None)
 
     def _has(self, key: str) -> str:
         return self._store.get(key).decode() if self._store.check([key]) else ""
