@@ -112,6 +112,8 @@ def train(
     """
     began = time.monotonic()
     run_dir = Path(run_dir)
+    if not timeout_s > 0:
+        raise UserError(f"timeout must be more than 0 seconds, got {timeout_s:g}")
     device = _own_device(config)
     if launched():
         # Before anybody waits for anybody: it may take hours, and not the same everywhere.

@@ -91,6 +91,7 @@ def fail(run) -> None:
 ACTIONS = {
     "kill": signal_self(signal.SIGKILL),
     "stall": signal_self(signal.SIGSTOP),
+    "sleep": lambda run: time.sleep(1000),
     "terminate": signal_self(signal.SIGTERM),
     "interrupt": signal_self(signal.SIGINT),
     "terminate launcher": terminate_launcher,

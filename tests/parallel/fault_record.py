@@ -49,5 +49,6 @@ def windows_wrong(config: TrainConfig, plan: ParallelPlan, taken: dict[int, list
         for step, expected in expected_windows(config, plan, rank).items():
             got = last.get(step, [])
             skipped += sum(window not in got for window in expected)
-            other += sum(window not in expected for window in got) + (sorted(got) == sorted(expected) != got)
+            other += sum(window != right for window, right in zip(got, expected, strict=False))
+            other += max(0, len(got) - len(expected))
     return skipped, other

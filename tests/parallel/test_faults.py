@@ -67,7 +67,7 @@ class Setup:
         return Job(self.arguments(), self.plan.processes, self.new_notes(), fault)
 
     def go(self, fault: dict | None = None) -> list[Ended]:
-        stalled = fault["rank"] if fault and fault["do"] == "stall" else None
+        stalled = fault["rank"] if fault and fault["do"] in ("stall", "sleep") else None
         return self.start(fault).wait(stalled)
 
     def batches(self, rank: int) -> list[dict]:
@@ -195,6 +195,12 @@ def test_a_stalled_rank_is_given_up(base, undisturbed, tmp_path, plan, rank):
     found.timeout_s = TIMEOUT_S
     assert [process.status for process in found.go()] == [0] * len(ended)
     assert_nothing_is_lost(found, undisturbed(plan))
+
+
+def test_a_rank_that_is_busy_with_something_else_is_named_too(base, tmp_path):
+    found = Setup(base, tmp_path, "pp=2", timeout_s=5)
+    ended = found.go({"rank": 0, "at": "step", "step": 7, "do": "sleep"})
+    assert_all_name(ended, 0, "did not answer within 5 s: it is in <lambda> (fault_points.py, line ", found)
 
 
 # --- no room --------------------------------------------------------------------------------------

@@ -8,17 +8,19 @@ newest) is decided for all ranks at once: otherwise one of them would leave whil
 
 **Whose fault.** When a process dies or stalls, the collectives of all others fail, sooner or later, within the timeout:
 at once where a connection breaks, and the others when those leave. The first to notice calls the roll in the store that
-all share (:class:`_Roll`). A thread of every process answers, also while its training waits for another; who does not
-answer is at fault, and the finding is there for all. A process that fails by itself leaves its reason in the store
-before it goes.
+all share (:class:`_Roll`). A thread of every process answers, also while its training waits for another. Who does not
+answer is at fault, or else who is busy with something that is no communication, and the finding is there for all. A
+process that fails by itself leaves its reason in the store before it goes.
 """
 
 import contextlib
 import datetime
 import os
 import socket
+import sys
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -234,7 +236,7 @@ class ManyProcesses(World):
             yield
         except (UserError, RunError, Interrupted) as error:
             if getattr(error, "lost", False):
-                raise _lost(f"{self._finding(error)}. {where()}") from error
+                raise self._blamed(error, where) from error
             # Usually all ranks have the same. Where one alone fails, the others find its reason.
             self._roll.failed(str(error))
             raise
@@ -242,14 +244,18 @@ class ManyProcesses(World):
             if not _of_a_collective(error):
                 self._roll.failed(f"{type(error).__name__}: {error}")
                 raise
-            raise _lost(f"{self._finding(error)}. {where()}") from error
+            raise self._blamed(error, where) from error
 
-    def _finding(self, error: Exception) -> str:
-        """A clause about the ranks that are silent, or that left a reason; the same on all that can be reached."""
+    def _blamed(self, error: Exception, where: Callable[[], str]) -> RunError:
+        """``error``, of a collective, as what the ranks that are silent, or that left a reason, did."""
         text = str(error).lower()
         late = "timed out" in text or "timeout" in text
         how = f"did not answer within {self.timeout_s:g} s" if late else None
-        return self._roll.call(how) or f"the processes lost each other ({_first_line(error)})"
+        found = self._roll.call(how) or f"the processes lost each other ({_first_line(error)})"
+        blamed = _lost(f"{found}. {where()}")
+        # Who failed by itself may still be writing a checkpoint, which needs the others.
+        blamed.lost = not self._roll.explained
+        return blamed
 
 
 def _meet(store, rank: int, size: int, limit: datetime.timedelta) -> str:
@@ -291,7 +297,8 @@ def _meet(store, rank: int, size: int, limit: datetime.timedelta) -> str:
 class _Roll:
     """Who is there: answers for this process, from a thread of its own, and finds out who else does.
 
-    Keys of the store: ``who/RANK`` the process; ``called/RANK`` set to have it answer; ``here/RANK`` its answer;
+    Keys of the store: ``who/RANK`` the process; ``called/RANK`` set to have it answer; ``here/RANK`` its answer, which
+    says what its training is busy with, and nothing when that waits for others;
     ``failed/RANK`` why it failed by itself; ``finding`` what the first to call the roll found out.
     """
 
@@ -305,12 +312,14 @@ class _Roll:
         self._answering = dist.PrefixStore(prefix, store.clone())
         self._thread = threading.Thread(target=self._answer, name="roll", daemon=True)
         self._thread.start()
+        self.explained = False
+        """Whether the roll was called, and some rank had left word of why it ended."""
 
     def _answer(self) -> None:
         while True:
             try:
                 self._answering.wait([f"called/{self.rank}"], datetime.timedelta(days=20))  # of at most 24
-                return self._answering.set(f"here/{self.rank}", "")
+                return self._answering.set(f"here/{self.rank}", _busy_with())
             except Exception as error:
                 if "timeout" not in str(error).lower():
                     return  # the store is gone, and with it whoever could ask
@@ -321,8 +330,9 @@ class _Roll:
         self._thread.join(GRACE_S)
 
     def failed(self, reason: str) -> None:
-        """Leave word of why this process ends."""
+        """Leave word of why this process ends, and answer no more."""
         self._bounded(lambda: self._store.set(f"failed/{self.rank}", reason), GRACE_S)
+        self.leave()
 
     def call(self, how: str | None) -> str:
         """Who is at fault, and ``how`` if it is known: of those that do not answer. Empty if all do."""
@@ -335,20 +345,27 @@ class _Roll:
 
     def _call(self, how: str | None) -> str:
         self._store.multi_set([f"called/{rank}" for rank in self.others], [""] * len(self.others))
-        until, silent = time.monotonic() + GRACE_S, list(self.others)
+        until, silent, busy = time.monotonic() + GRACE_S, list(self.others), {}
         while silent and time.monotonic() < until:
-            if finding := self._has("finding") or self._reasons():
+            if finding := self._reasons() or self._has("finding"):
                 return finding
-            silent = [rank for rank in silent if not self._store.check([f"here/{rank}"])]
+            for rank in [rank for rank in silent if self._store.check([f"here/{rank}"])]:
+                silent.remove(rank)
+                busy[rank] = self._has(f"here/{rank}")
             time.sleep(0.05)
-        found = self._has("finding") or self._reasons()
+        found = self._reasons() or self._has("finding")
         if not found and silent:
             names = " and ".join(self._name(rank) for rank in silent)
             found = f"{names} {how or ('is gone' if len(silent) == 1 else 'are gone')}"
+        elif not found and how:
+            found = "; ".join(
+                f"{self._name(rank)} {how}: it is {what}" for rank, what in busy.items() if what
+            )
         return self._store.compare_set("finding", "", found).decode() if found else ""
 
     def _reasons(self) -> str:
         failed = {rank: self._has(f"failed/{rank}") for rank in self.others}
+        self.explained = any(failed.values())
         return "; ".join(f"{self._name(rank)} failed: {text}" for rank, text in failed.items() if text)
 
     def _has(self, key: str) -> str:
@@ -370,6 +387,19 @@ class _Roll:
         thread.start()
         thread.join(seconds)
         return found[0] if found else None
+
+
+def _busy_with() -> str:
+    """Where the main thread is, if that is not in communication with others, as far as its Python frames tell."""
+    stack = traceback.extract_stack(sys._current_frames().get(threading.main_thread().ident))
+    waits = (
+        "torch/distributed/",
+        "torch/autograd/",
+        "torch/_ops.py",
+    )  # gradients are exchanged during backward
+    if not stack or any(where in frame.filename.replace(os.sep, "/") for frame in stack for where in waits):
+        return ""
+    return f"in {stack[-1].name} ({os.path.basename(stack[-1].filename)}, line {stack[-1].lineno})"
 
 
 def _launcher_keeps_store() -> bool:
