@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -34,7 +35,6 @@ SKIPPED = 77
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 PORT = 29400
 RENDEZVOUS = {"read_timeout": 60, "keep_alive_interval": 5, "keep_alive_max_attempt": 12, "join_timeout": 300}
-TIMEOUT_S = 20
 INTERVAL = 5
 
 
@@ -137,7 +137,7 @@ def train(args, network: Network, work: Path, name: str, cut: bool) -> dict:
         *("train", "--preset", "quick", "--residual", "mgr-competitive", "--n-layer", "4", "--d-model", "32"),
         *("--seq-len", "64", "--batch-size", "8", "--steps", str(args.steps), "--eval-tokens", "4096"),
         *("--eval-interval", "20", "--checkpoint-interval", str(INTERVAL), "--parallel", args.parallel),
-        *("--device", "cpu", "--timeout", str(TIMEOUT_S), "--no-report", "--out", str(run), "--resume"),
+        *("--device", "cpu", "--timeout", str(args.timeout), "--no-report", "--out", str(run), "--resume"),
     ]
     nodes = Nodes(network, arguments, work / f"{name}-logs")
     try:
@@ -166,6 +166,7 @@ def train(args, network: Network, work: Path, name: str, cut: bool) -> dict:
         "hang": None in statuses,
         "seconds": time.monotonic() - began,
         "steps": steps_done(run),
+        "times_started": max(len(re.findall(r"(?m)^mgr-competitive: .* parameters", log)) for log in logs),
         "messages": said,
         "metrics": lines,
     }
@@ -180,7 +181,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--parallel", default="dp=2,pp=2")
     parser.add_argument("--cut-at", type=int, default=13, help="steps done when the link goes down")
-    parser.add_argument("--down", type=float, default=20, help="seconds until it comes back")
+    parser.add_argument("--timeout", type=float, default=20, help="seconds that ranks wait for each other")
+    parser.add_argument("--down", type=float, default=25, help="seconds until it comes back")
     parser.add_argument(
         "--limit", type=float, default=400, help="seconds after which a job counts as hanging"
     )
@@ -204,7 +206,7 @@ def main() -> int:
         "parallel": args.parallel,
         "steps": args.steps,
         "checkpoint_interval": INTERVAL,
-        "timeout_s": TIMEOUT_S,
+        "timeout_s": args.timeout,
         "down_s": args.down,
         "rendezvous": RENDEZVOUS,
         "same_metrics": same,
