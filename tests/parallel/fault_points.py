@@ -10,8 +10,8 @@ does not happen again after a restart.
 
 ``at``: ``world`` before the processes meet; ``loop`` before the first step; ``step`` before the forward pass of
 ``step``, or of the one ``after`` so many of this life; ``validation`` in its second batch; ``save`` while checkpoint
-``step`` is written, in the background, or any; ``end`` when all is done and the processes have parted. ``do``: see
-``ACTIONS``.
+``step`` is written, in the background, or any; ``end`` when all is done and the processes have parted. At a step or a
+validation the checkpoint before is whole. ``do``: see ``ACTIONS``.
 
 The record: ``pid-RANK-ATTEMPT``; ``fault-RANK-ATTEMPT`` once it has happened; and ``steps-RANK-ATTEMPT.jsonl``, with a
 line for each batch taken: its step, and epoch and number of every window that was read for it.
@@ -88,6 +88,13 @@ def fail(run) -> None:
     raise RuntimeError("as the test wants it")
 
 
+def settle(run) -> None:
+    """Let the checkpoint that is being written get whole, so that what is saved does not depend on speed."""
+    thread = run.checkpoints.writer._thread
+    if thread is not None:
+        thread.join()
+
+
 ACTIONS = {
     "kill": signal_self(signal.SIGKILL),
     "stall": signal_self(signal.SIGSTOP),
@@ -123,6 +130,8 @@ def inject(fault: dict) -> None:
             here.append(run)
             if "DEPTHMIX_NOTES" in os.environ:
                 Path(os.environ["DEPTHMIX_NOTES"], f"fault-{fault['rank']}-{fault.get('attempt', 0)}").touch()
+            if at in ("step", "validation"):
+                settle(run)
             do(run)
 
     runs: list = []

@@ -158,7 +158,7 @@ def test_a_killed_rank_is_named_and_nothing_is_lost(base, undisturbed, tmp_path,
     assert newest is None or problem(newest) is None
     assert [process.status for process in found.go()] == [0] * len(ended)
     assert_nothing_is_lost(found, undisturbed(plan))
-    # A step in flight is not done; those taken while a checkpoint was being written come on top.
+    # The step in flight is not done. A save waits for the one before, which bounds what is lost inside of one.
     assert steps_lost(found) - 1 <= INTERVAL * (2 if fault["at"] == "save" else 1)
 
 
