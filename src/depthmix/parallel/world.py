@@ -307,7 +307,9 @@ class _Roll:
 
         self.rank, self.others = rank, [other for other in range(size) if other != rank]
         self._store = dist.PrefixStore(prefix, store)
-        self._store.set(f"who/{rank}", f"process {os.getpid()} on {socket.gethostname()}")
+        who = f"process {os.getpid()} on {socket.gethostname()}"
+        self._own = f"rank {rank} ({who})"
+        self._store.set(f"who/{rank}", who)
         # A connection of its own: a wait occupies one.
         self._answering = dist.PrefixStore(prefix, store.clone())
         self._thread = threading.Thread(target=self._answer, name="roll", daemon=True)
@@ -341,7 +343,8 @@ class _Roll:
             at = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             keeper = "" if _launcher_keeps_store() or self.rank == 0 else ", and so is rank 0, which kept it"
             return f"the processes lost each other, and their store at {at} is out of reach{keeper}"
-        return found
+        # Over a broken link each side is silent to the other; the one with the store is first to say so.
+        return f"to the others, {found}" if self._own in found else found
 
     def _call(self, how: str | None) -> str:
         self._store.multi_set([f"called/{rank}" for rank in self.others], [""] * len(self.others))
