@@ -125,9 +125,6 @@ def train(
     ):
         run = None
         stop = _StopSignals(quiet or not world.first, several=world.size > 1)
-        if world.size > 1:
-            # When one process fails, torchrun terminates the others, which have yet to find out and say why they end.
-            until_the_end.enter_context(stop)
 
         def where() -> str:
             latest = latest_checkpoint(run_dir / "checkpoints")
@@ -162,6 +159,10 @@ def train(
             dataset = open_dataset(prepare(config.data))
             config = _with_vocabulary(config, dataset.tokenizer.vocab_size)
             run = _Run(config, run_dir, dataset, device, world, resume, quiet, began)
+            if world.size > 1:
+                # When one process fails, torchrun terminates the others, which have yet to find out and say why they
+                # end. Not before training begins: in the making of a group a process would be deaf until the timeout.
+                until_the_end.enter_context(stop)
             with run.logs, run.display, run.checkpoints, stop:
                 _loop(run, stop)
             result = _finish(run)

@@ -206,21 +206,27 @@ def test_a_rank_that_is_busy_with_something_else_is_named_too(base, tmp_path):
 # --- no room --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fault, file", [({"rank": 1, "at": "save", "step": 8}, "step-00000008"),
-                                         ({"rank": 0, "at": "step", "step": 6}, "metrics.jsonl")])  # fmt: skip
-def test_no_room_on_one_rank(base, undisturbed, tmp_path, fault, file):
+@pytest.mark.parametrize(
+    "fault, file, saved",
+    [
+        ({"rank": 1, "at": "save", "step": 8}, "step-00000008", "step-00000006"),
+        ({"rank": 0, "at": "step", "step": 6}, "metrics.jsonl", "step-00000004"),
+    ],
+    ids=["rank 1, checkpoint", "rank 0, metrics"],
+)
+def test_no_room_on_one_rank(base, undisturbed, tmp_path, fault, file, saved):
     found = Setup(base, tmp_path, "dp=2")
     ended = found.go({**fault, "do": "no room"})
     assert [process.status for process in ended] == [1, 1]
     for rank, process in enumerate(ended):
         assert file in process.said and "File too large" in process.said, process
-        assert f"The last checkpoint is {found.run / 'checkpoints' / 'step-00000004'}" in process.said
+        assert f"The last checkpoint is {found.run / 'checkpoints' / saved}" in process.said
         assert process.said.count(SAID.format(rank)) == 1 and "Traceback" not in process.said
     named = (
         r"rank 1: .*File too large" if file != "metrics.jsonl" else r"rank 0 \(process \d+ on .*\) failed: "
     )
     assert re.search(named, ended[1].said)
-    assert found.newest().name == "step-00000004" and problem(found.newest()) is None
+    assert found.newest().name == saved and problem(found.newest()) is None
     assert [process.status for process in found.go()] == [0, 0]
     assert_nothing_is_lost(found, undisturbed("dp=2"))
 
@@ -245,10 +251,10 @@ def test_a_nan_on_one_rank_stops_all_before_the_step_is_applied(base, tmp_path, 
         assert re.match(
             f"{re.escape(str(found.run))}: {said}, and was not applied; the last checkpoint", message
         )
-        assert "step-00000004" in message and "Traceback" not in process.said
+        assert "step-00000006" in message and "Traceback" not in process.said
     diverged = json.loads((found.run / "diverged.json").read_text())
     assert diverged["step"] == 6 and diverged["message"].startswith("step 7 has loss")
-    assert problem(found.newest()) is None and found.newest().name == "step-00000004"
+    assert problem(found.newest()) is None and found.newest().name == "step-00000006"
 
 
 # --- signals --------------------------------------------------------------------------------------
@@ -349,7 +355,7 @@ def test_torchrun_restarts_from_the_last_whole_checkpoint(base, undisturbed, tmp
     pid = (found.notes[0] / "pid-1-0").read_text()
     said = said_by(found.notes[0], rank=0)
     assert f"rank 1 (process {pid} on {os.uname().nodename}) is gone. This rank had done 6 steps." in said
-    assert f"The last checkpoint is {found.run / 'checkpoints' / 'step-00000004'}" in said
+    assert f"The last checkpoint is {found.run / 'checkpoints' / 'step-00000006'}" in said
     assert "Traceback" not in said and said_by(found.notes[0], rank=0, attempt=1).count("rank 0:") == 0
     assert steps_lost(found) - 1 <= INTERVAL
     assert_nothing_is_lost(found, undisturbed("dp=2"))

@@ -16,6 +16,7 @@ process that fails by itself leaves its reason in the store before it goes.
 import contextlib
 import datetime
 import os
+import signal
 import socket
 import sys
 import threading
@@ -235,16 +236,18 @@ class ManyProcesses(World):
         try:
             yield
         except (UserError, RunError, Interrupted) as error:
-            if getattr(error, "lost", False):
-                raise self._blamed(error, where) from error
-            # Usually all ranks have the same. Where one alone fails, the others find its reason.
-            self._roll.failed(str(error))
+            with _deaf():
+                if getattr(error, "lost", False):
+                    raise self._blamed(error, where) from error
+                # Usually all ranks have the same. Where one alone fails, the others find its reason.
+                self._roll.failed(str(error))
             raise
         except Exception as error:
-            if not _of_a_collective(error):
+            with _deaf():
+                if _of_a_collective(error):
+                    raise self._blamed(error, where) from error
                 self._roll.failed(f"{type(error).__name__}: {error}")
-                raise
-            raise self._blamed(error, where) from error
+            raise
 
     def _blamed(self, error: Exception, where: Callable[[], str]) -> RunError:
         """``error``, of a collective, as what the ranks that are silent, or that left a reason, did."""
@@ -403,6 +406,20 @@ def _busy_with() -> str:
     if not stack or any(where in frame.filename.replace(os.sep, "/") for frame in stack for where in waits):
         return ""
     return f"in {stack[-1].name} ({os.path.basename(stack[-1].filename)}, line {stack[-1].lineno})"
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """Inside, a signal to end changes nothing: this process is ending, and has yet to say why."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            before[number] = signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _launcher_keeps_store() -> bool:
