@@ -210,9 +210,9 @@ def test_a_rank_that_is_busy_with_something_else_is_named_too(base, tmp_path):
     "fault, file, saved",
     [
         ({"rank": 1, "at": "save", "step": 8}, "step-00000008", "step-00000006"),
-        ({"rank": 0, "at": "step", "step": 6}, "metrics.jsonl", "step-00000004"),
+        ({"rank": 0, "at": "step", "step": 6}, "tensorboard", "step-00000004"),
     ],
-    ids=["rank 1, checkpoint", "rank 0, metrics"],
+    ids=["rank 1, checkpoint", "rank 0, logs"],
 )
 def test_no_room_on_one_rank(base, undisturbed, tmp_path, fault, file, saved):
     found = Setup(base, tmp_path, "dp=2")
@@ -222,9 +222,7 @@ def test_no_room_on_one_rank(base, undisturbed, tmp_path, fault, file, saved):
         assert file in process.said and "File too large" in process.said, process
         assert f"The last checkpoint is {found.run / 'checkpoints' / saved}" in process.said
         assert process.said.count(SAID.format(rank)) == 1 and "Traceback" not in process.said
-    named = (
-        r"rank 1: .*File too large" if file != "metrics.jsonl" else r"rank 0 \(process \d+ on .*\) failed: "
-    )
+    named = r"rank 1: .*File too large" if file != "tensorboard" else r"rank 0 \(process \d+ on .*\) failed: "
     assert re.search(named, ended[1].said)
     assert found.newest().name == saved and problem(found.newest()) is None
     assert [process.status for process in found.go()] == [0, 0]
@@ -238,9 +236,10 @@ def test_no_room_on_one_rank(base, undisturbed, tmp_path, fault, file, saved):
     "plan, do, said",
     [
         ("dp=2", "poison weight", "step 7 has loss nan and gradient norm nan"),
-        ("dp=2", "poison gradient", r"step 7 has loss \d.\d+ and gradient norm nan on rank 1"),
+        ("dp=2", "poison gradient", r"step 7 has loss \d.\d+ and gradient norm nan"),
         ("pp=2", "poison gradient", r"step 7 has loss \d.\d+ and gradient norm nan"),
     ],
+    ids=lambda value: value if "step" not in value else "",
 )
 def test_a_nan_on_one_rank_stops_all_before_the_step_is_applied(base, tmp_path, plan, do, said):
     found = Setup(base, tmp_path, plan)
@@ -300,7 +299,8 @@ def test_a_second_job_on_the_folder_is_refused_and_the_first_not_disturbed(base,
     "change, text",
     [
         (["--parallel", "dp=2,zz=3"], "unknown key 'zz'"),
-        (["--parallel", "dp=3"], "needs dp x fsdp x tp x pp = 3 x 1 x 1 x 1 = 3 processes, and there are 2"),
+        (["--parallel", "dp=4"], "needs dp x fsdp x tp x pp = 4 x 1 x 1 x 1 = 4 processes, and there are 2"),
+        (["--parallel", "dp=3"], "batch_size = 8 sequences cannot be divided among dp x fsdp = 3 processes"),
         (["--parallel", "tp=2", "--n-head", "1"], "tp = 2 must divide the heads, n_head = 1"),
         (["--no-such-option"], "no-such-option"),
     ],
@@ -310,7 +310,8 @@ def test_a_request_that_cannot_be_met_ends_before_anybody_waits(base, tmp_path, 
     ended = job.wait()
     assert all(process.status in (2, -signal.SIGTERM) for process in ended) and 2 in [p.status for p in ended]
     said = "".join(process.said for process in ended)
-    assert text in said and "Traceback" not in said
+    assert text in re.sub(r"[\s│]+", " ", said)  # it may be in a box
+    assert "Traceback" not in said
     assert not (tmp_path / "run").exists()
 
 
