@@ -5,6 +5,7 @@ stopped by a signal after saving (``--resume`` goes on); 130 stopped at once.
 """
 
 import codecs
+import contextlib
 import errno
 import itertools
 import json
@@ -14,7 +15,7 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
@@ -70,9 +71,11 @@ def main(argv: list[str] | None = None) -> int:
         # tyro leaves with 0 after --help and 2 after a message.
         return request.code if isinstance(request.code, int) else EXIT_USAGE
     except (UserError, RunError, Interrupted) as error:
-        return (
-            error.exit_status if getattr(error, "told", False) else _complain(str(error), error.exit_status)
-        )
+        if not getattr(error, "told", False):
+            _complain(str(error), error.exit_status)
+        if getattr(error, "lost", False):
+            _leave(error.exit_status)
+        return error.exit_status
     except KeyboardInterrupt:
         return _complain("stopped", EXIT_KEYBOARD)
     except BrokenPipeError:
@@ -94,6 +97,14 @@ def _complain(message: str, status: int) -> int:
     who = "" if rank is None or os.environ.get("WORLD_SIZE") == "1" else f"rank {rank}: "
     print(f"depthmix: {who}{message}", file=sys.stderr)
     return status
+
+
+def _leave(status: int) -> NoReturn:
+    """End at once. Threads that wait for a process that is lost would hold this one until their timeout."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(status)
 
 
 def _explain(error: OSError) -> tuple[str, int]:
@@ -179,7 +190,7 @@ def _train(argv: list[str]) -> int:
     config = flags.to_config(args.training)
     run_dir = Path(args.out or f"runs/{args.preset}-{folder_name(config.model.label)}-s{config.seed}")
 
-    from .parallel.world import speaks
+    from .parallel.world import launched, speaks
     from .train import train
 
     try:
@@ -189,6 +200,11 @@ def _train(argv: list[str]) -> int:
     except Interrupted as stop:
         again = f"depthmix train --out {shlex.quote(str(run_dir))} --resume"
         raise Interrupted(f"{stop}\ngo on with: {again}") from stop
+    finally:
+        if launched():
+            # torchrun terminates those that lag behind the first to end: it shall not change what they say.
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)
     if not args.quiet and speaks():
         print(
             f"validation loss {result['val_loss']:.4f} nats (best {result['best_val_loss']:.4f} at step "

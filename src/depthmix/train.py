@@ -112,15 +112,24 @@ def train(
     """
     began = time.monotonic()
     run_dir = Path(run_dir)
+    if not timeout_s > 0:
+        raise UserError(f"timeout must be more than 0 seconds, got {timeout_s:g}")
     device = _own_device(config)
     if launched():
         # Before anybody waits for anybody: it may take hours, and not the same everywhere.
         prepare(config.data)
-    with _open_world(config, device, timeout_s) as world, contextlib.ExitStack() as held:
+    with (
+        contextlib.ExitStack() as until_the_end,
+        _open_world(config, device, timeout_s) as world,
+        contextlib.ExitStack() as held,
+    ):
+        run = None
+        stop = _StopSignals(quiet or not world.first, several=world.size > 1)
 
         def where() -> str:
             latest = latest_checkpoint(run_dir / "checkpoints")
-            return (
+            step = f"This rank had done {run.step} steps. " if run else "Training had not begun. "
+            return step + (
                 f"The last checkpoint is {latest}; go on with --resume" if latest else "Nothing was saved yet"
             )
 
@@ -150,7 +159,11 @@ def train(
             dataset = open_dataset(prepare(config.data))
             config = _with_vocabulary(config, dataset.tokenizer.vocab_size)
             run = _Run(config, run_dir, dataset, device, world, resume, quiet, began)
-            with run.logs, run.display, run.checkpoints, _StopSignals(quiet or not world.first) as stop:
+            if world.size > 1:
+                # When one process fails, torchrun terminates the others, which have yet to find out and say why they
+                # end. Not before training begins: in the making of a group a process would be deaf until the timeout.
+                until_the_end.enter_context(stop)
+            with run.logs, run.display, run.checkpoints, stop:
                 _loop(run, stop)
             result = _finish(run)
     if report and world.first:
@@ -202,7 +215,10 @@ def _loop(run: "_Run", stop: "_StopSignals") -> None:
         improved = False
         if run.evaluated < run.step and _evaluated_at(config, run.step):
             improved = run.evaluate(stop)
-        stopped = run.world.any(stop.received is not None) and not (finished and run.evaluated == run.step)
+        stopped, unsaved = map(bool, run.world.max([stop.received is not None, run.checkpoints.failed]))
+        if unsaved:
+            run.durable()  # raises
+        stopped = stopped and not (finished and run.evaluated == run.step)
         if improved or finished or stopped or _due(run.step, config.checkpoint_interval):
             run.save()
         if stopped:
@@ -217,10 +233,8 @@ def _loop(run: "_Run", stop: "_StopSignals") -> None:
         run.optimizer.set_lr_fraction(config.optim.lr_fraction(run.step, config.steps))
         run.optimizer.zero_grad()
         loss, grad_norm, grad_norm_first = _gradients(run, inputs, targets)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise _not_finite(
-                run, f"step {run.step + 1} has loss {loss} and gradient norm {grad_norm}, and was not applied"
-            )
+        if run.world.any(not (math.isfinite(loss) and math.isfinite(grad_norm))):
+            raise _step_not_finite(run, loss, grad_norm)
         run.optimizer.step()
         run.step += 1
         run.log_step(loss, grad_norm, grad_norm_first, seconds=time.perf_counter() - started)
@@ -248,6 +262,15 @@ def _gradients(run: "_Run", inputs: Tensor, targets: Tensor) -> tuple[float, flo
     # One transfer from the device for all numbers.
     loss, grad_norm, grad_norm_first = torch.stack([total, grad_norm, first]).tolist()
     return loss, grad_norm, grad_norm_first
+
+
+def _step_not_finite(run: "_Run", loss: float, grad_norm: float) -> RunError:
+    """Of all processes, though it may be in the memory of one alone."""
+    seen = run.world.gather((loss, grad_norm))
+    rank = next(rank for rank, numbers in enumerate(seen) if not all(map(math.isfinite, numbers)))
+    (loss, grad_norm), alone = seen[rank], any(all(map(math.isfinite, numbers)) for numbers in seen)
+    what = f"step {run.step + 1} has loss {loss} and gradient norm {grad_norm}"
+    return _not_finite(run, f"{what}{f' on rank {rank}' if alone else ''}, and was not applied")
 
 
 def _not_finite(run: "_Run", what: str) -> RunError:
@@ -464,6 +487,9 @@ class _Checkpoints:
     def wait(self) -> Path | None:
         return self.run.latest
 
+    failed = False
+    """Whether ``wait`` will raise."""
+
 
 class _ManyCheckpoints(_Checkpoints):
     """Those that all processes write together, while training goes on."""
@@ -496,7 +522,11 @@ class _ManyCheckpoints(_Checkpoints):
         run.latest = self.folder / f"step-{run.step:08d}"
 
     def wait(self):
-        return self.writer.wait() or self.run.latest
+        return self.writer.wait()
+
+    @property
+    def failed(self):
+        return self.writer.failed
 
 
 class _Saved:
@@ -981,13 +1011,18 @@ class _StopSignals:
     thread Python delivers no signals, and none are taken over; neither is a SIGHUP that nohup ignores.
     """
 
-    def __init__(self, quiet: bool):
+    def __init__(self, quiet: bool, several: bool = False):
         self.quiet = quiet
+        self._text = "\nstopping after this step and a checkpoint\n"
+        if several:  # a launcher says the same when one of them is lost
+            self._text = "\nstopping after this step and a checkpoint, where all other processes are there\n"
         self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, object] = {}
+        self._entered = 0
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
+        self._entered += 1
+        if self._entered == 1 and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._receive)
@@ -999,8 +1034,10 @@ class _StopSignals:
             if not self.quiet:
                 # Not print(): the handler may have interrupted one. A terminal that hung up is gone.
                 with contextlib.suppress(OSError):
-                    os.write(2, b"\nstopping after this step and a checkpoint\n")
+                    os.write(2, self._text.encode())
 
     def __exit__(self, *_):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._entered -= 1
+        if not self._entered:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)

@@ -193,6 +193,13 @@ class _Lost(_Failed):
         super().__init__(f"rank {dist.get_rank(group)} lost another, which died or took too long ({said})")
 
 
+def _stated(message: str, failed: _Failed) -> RunError:
+    """``failed`` for the user; ``lost`` says whether another process is."""
+    error = RunError(message)
+    error.lost = isinstance(failed, _Lost)
+    return error
+
+
 def _raise_failures(failures: dict[int, str], ranks: int) -> None:
     """Raise ``_Failed`` when there are any: reasons by rank, ranks of one reason together."""
     if not failures:
@@ -205,16 +212,17 @@ def _raise_failures(failures: dict[int, str], ranks: int) -> None:
     raise _Failed("; ".join(f"rank {', '.join(map(str, who))}: {text}" for text, who in alike.items()))
 
 
-def _gloo(timeout_s: float) -> dist.ProcessGroup | None:
+def _gloo(timeout_s: float | None) -> dist.ProcessGroup | None:
     """A group of all processes for messages of the CPU; None where there is one process."""
     if not dist.is_initialized():
         return None
-    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s) if timeout_s else None)
 
 
 @contextlib.contextmanager
-def _group_for_now(timeout_s: float = 1800) -> Iterator[dist.ProcessGroup | None]:
-    group = _gloo(timeout_s)
+def _group_for_now() -> Iterator[dist.ProcessGroup | None]:
+    """With the default timeout of new groups, which :mod:`.world` sets."""
+    group = _gloo(None)
     try:
         yield group
     finally:
@@ -462,9 +470,18 @@ class ShardedCheckpoints:
         except Exception as error:
             self._error = error
 
+    @property
+    def failed(self) -> bool:
+        """Whether this process knows already that :meth:`wait` will raise."""
+        return self._error is not None
+
     def _not_written(self, step: int, error: Exception) -> RunError:
-        advice = "Go on with --resume." if isinstance(error, _Lost) else files.ROOM
-        return files.not_written(self._target(step), str(error), advice)
+        lost = isinstance(error, _Lost)
+        found = files.not_written(
+            self._target(step), str(error), "Go on with --resume." if lost else files.ROOM
+        )
+        found.lost = lost
+        return found
 
     def _write_all(self, step: int, state: str | None, trouble: Exception | None) -> Path:
         """Write and commit; the checkpoint. ``state`` is process 0's, as JSON."""
@@ -559,7 +576,7 @@ def _newest(group: dist.ProcessGroup | None, folder: Path) -> Path | None:
     try:
         name = _together(group, choose)[0]
     except _Failed as failed:
-        raise RunError(f"cannot look for checkpoints in {folder}: {failed}") from failed
+        raise _stated(f"cannot look for checkpoints in {folder}: {failed}", failed) from failed
     return None if name is None else folder / name
 
 
@@ -647,7 +664,7 @@ def load_into(checkpoint: Path, weights: dict[str, Tensor], optimizer: dict[str,
         try:
             return _load_together(group, checkpoint, live)
         except _Failed as failed:
-            raise RunError(f"cannot load checkpoint {checkpoint}: {failed}") from failed
+            raise _stated(f"cannot load checkpoint {checkpoint}: {failed}", failed) from failed
 
 
 def _load_together(

@@ -136,7 +136,7 @@ class Layout:
     def norm(self, parameters: list[nn.Parameter], gradients: list[Tensor | None]) -> Tensor:
         """The 2-norm of the gradient over all processes, the same on all; called by all at once.
 
-        fp32; fp64 where the first parameter is.
+        fp32; fp64 where the first parameter is. Not finite where any process's copy of any gradient is not.
         """
         plan, groups = self.world.plan, [(), ("fsdp",), ("tp",), ("fsdp", "tp")]
         parts = {axes: [] for axes in groups}
@@ -160,10 +160,19 @@ class Layout:
                 mine = torch.tensor([axis in axes for axes in groups], device=squares.device)
                 squares = torch.where(mine, summed, squares)
         total = squares.sum()
+        again = [
+            local(gradient)
+            for parameter, gradient in zip(parameters, gradients, strict=True)
+            if gradient is not None and parameter in self._counted_elsewhere
+        ]
+        if again:
+            total += 0 * torch.stack(torch._foreach_norm(again)).sum()
         if plan.pp > 1:
             dist.all_reduce(total, group=self.world.group("pp"))
         precise = bool(parameters) and parameters[0].dtype == torch.float64
-        return self.world.same(total.sqrt()).to(torch.float64 if precise else torch.float32)
+        # The first process's, as sums in another order differ in the last bit: plus nought of the others', or NaN.
+        norm = total.sqrt() if self.world.first else 0 * total.sqrt()
+        return self.world.sum(norm).to(torch.float64 if precise else torch.float32)
 
     def whole_matrices(self, parts: Tensor, like: nn.Parameter, function) -> Tensor:
         """``function`` of whole matrices, of which ``parts [k, rows, cols]`` are this process's parts.
