@@ -67,11 +67,10 @@ from ..config import GPTConfig, TrainConfig
 from ..errors import UserError
 from . import volume
 from .hardware import Hardware
-from .plan import ParallelPlan, stage_blocks
+from .plan import ParallelPlan, cuts
 from .shape import Shape
 from .volume import Volume, wire_bytes
 
-APART = ("fsdp", "tp with dp")
 MGR = ("mgr-independent", "mgr-competitive", "mgr-review")
 HYPER = ("hc-static", "hc", "mhc", "mhc-lite")
 GATES = ("highway", "highway-additive", "review", "review-convex")
@@ -319,72 +318,122 @@ def _key(model: GPTConfig) -> str:
     return json.dumps(dataclasses.asdict(model), sort_keys=True)
 
 
-class _Counted:
-    """Sums over sublayers and blocks that all plans of a job share. Arrays have one entry a block."""
-
-    def __init__(self, shape: Shape, model: GPTConfig):
-        L, D, W = model.n_sublayers, model.d_model, model.attention_width
-        beginning, sites = volume._connection_weights(model)
-        self.beginning = sum(math.prod(w.shape) for w in beginning)
-
-        def numbers(site, wanted):
-            return sum(math.prod(w.shape) for w, _ in site if wanted(w))
-
-        split = np.array([numbers(s, lambda w: w.split is not None) for s in sites], float)
-        whole = np.array([numbers(s, lambda w: w.split is None) for s in sites], float)
-        times = model.n_streams if model.residual == "hc" else 1
-        products = np.array([numbers(s, lambda w: len(w.shape) > 1) for s in sites], float) * times
-        if model.residual == "hc-static":  # its matrices are n x n: part of the passes
-            products[:] = 0
-
-        def blocks(each):
-            return each.reshape(-1, 2).sum(1)
-
-        self.matrices = (shape.block_matrices + 4 * D * (W - D)) + blocks(split)  # numbers that tp divides
-        self.whole = 2 * D + blocks(whole)
-        self.products = (
-            (shape.block_matrices + 4 * D * (W - D))
-            + shape.block_experts * shape.active / shape.experts
-            + blocks(products)
-        )
-        self.traffic = {
-            apart: np.array([connection_traffic(model, s, apart=apart) for s in range(1, L + 1)])
-            .reshape(-1, 2, 2)
-            .sum(1)
-            for apart in (False, True)
-        }
-        self.crossing = [volume.crossing_numbers(model, 2 * (b + 1)) for b in range(model.n_layer - 1)]
-        F = shape.ffn
-        self.shapes = [(3 * W, D), (D, W)] + ([(F, D), (D, F)] if shape.experts == 1 else [])
-        self.muon_split = blocks(split)
-
-
-@functools.lru_cache(maxsize=128)
-def _counted_of(shape: Shape, key: str) -> _Counted:
-    return _Counted(shape, GPTConfig(**json.loads(key)))
+def _running(each) -> np.ndarray:
+    """Sums of the first 0, 1, 2, ... entries."""
+    return np.concatenate([[0.0], np.cumsum(np.asarray(each, float))])
 
 
 class _Priced:
-    """A job on a machine: seconds per token of every block, before any division."""
+    """A job on a machine, before any division: running sums over blocks of seconds and numbers per token."""
 
     def __init__(self, job: Job, hardware: Hardware):
+        self.job, self.hardware = job, hardware
         shape, model = job.shape, job.model
-        D, W, F, V, T = model.d_model, model.attention_width, shape.ffn, shape.vocab, model.seq_len
-        self.counted = counted = _counted_of(shape, _key(model))
-        rate, band, c, s = hardware.matmul_flops(D), hardware.bandwidth, job.compute_bytes, job.state_bytes
+        L, D, W, F = model.n_sublayers, model.d_model, model.attention_width, shape.ffn
+        V, T = shape.vocab, model.seq_len
+        beginning, sites = volume._connection_weights(model)
+        self.beginning = sum(math.prod(w.shape) for w in beginning)
+
+        def of_blocks(wanted, times=1):
+            each = [sum(math.prod(w.shape) for w, _ in site if wanted(w)) for site in sites]
+            return times * np.array(each, float).reshape(-1, 2).sum(1)
+
+        split = of_blocks(lambda w: w.split is not None)
+        # hc's matrices meet every stream; hc-static's are n x n and part of the passes.
+        times = {"hc": model.n_streams, "hc-static": 0}.get(model.residual, 1)
+        own = of_blocks(lambda w: len(w.shape) > 1, times)
+        dense = shape.block_matrices + 4 * D * (W - D)
+        products = dense + shape.block_experts * shape.active / shape.experts + own
+        self.matrices = _running(dense + split)
+        """Numbers that tp divides."""
+        self.whole = _running(2 * D + of_blocks(lambda w: w.split is None))
+        self.extra = _running(split)
+        self.shapes = [(3 * W, D), (D, W)] + ([(F, D), (D, F)] if shape.experts == 1 else [])
+
+        rate, band, c = hardware.matmul_flops(D), hardware.bandwidth, job.compute_bytes
         attention = 4 * W * (T + 1) / 2 / hardware.attention_flops
-        self.forward = 2 * counted.products / rate + attention + (4 * W + 2 * F * shape.active) * c / band
-        self.backward = 4 * counted.products / rate + 2.5 * attention + (4 * W + 3 * F * shape.active) * c / band
-        per_element = D * s / (band * hardware.share(model.residual))
-        self.connection = {apart: moved * per_element for apart, moved in counted.traffic.items()}
+        passes = c / band
+        self.forward = _running(2 * products / rate + attention + (4 * W + 2 * F * shape.active) * passes)
+        self.backward = _running(
+            4 * products / rate + 2.5 * attention + (4 * W + 3 * F * shape.active) * passes
+        )
+        per_element = D * job.state_bytes / (band * hardware.share(model.residual))
+        self.moved = {}
+        for apart in (False, True):
+            moved = [connection_traffic(model, s, apart=apart) for s in range(1, L + 1)]
+            moved = per_element * np.array(moved).reshape(-1, 2, 2).sum(1)
+            self.moved[apart] = _running(moved[:, 0]), _running(moved[:, 1])
         loss = V * (20 if job.precision == "fp32" else 24) / band
         self.head = 6 * D * V / rate + loss  # forward and backward
         # Weights are cast once a micro-batch, whatever its tokens.
-        weights = counted.matrices + shape.block_experts
-        self.cast = 6 * weights / band if job.precision == "autocast" else 0 * weights
-        self.overhead_connection = hardware.connection_overhead.get(
-            model.residual, hardware.connection_overhead.get("", 0.0)
-        )
+        cast = 6 * (dense + split + shape.block_experts) / band
+        self.cast = _running(cast if job.precision == "autocast" else 0 * cast)
+        table = hardware.connection_overhead
+        self.site_overhead = table.get(model.residual, table.get("", 0.0))
+        self.saved, self.entering = connection_saved(job), 1 + _carried(model)
+        self._sent: dict = {}
+
+    def boundary(self, plan: ParallelPlan, cut: int) -> tuple[int, int]:
+        """Bytes per token sent over ``cut``, one way, and in how many tensors."""
+        model = self.job.model
+        where = cuts(model, plan)
+        earlier = cut + 1 - plan.pp
+        known = where[earlier] if plan.schedule == "interleaved" and earlier >= 0 else 0
+        key = where[cut], known
+        if key not in self._sent:
+            values = volume.sent_values(model, plan, cut, plan.schedule == "interleaved")
+            wide, narrow = self.job.state_bytes, 4 if self.job.precision == "fp32" else 2
+            each = sum(numbers * (narrow if name[0] in ("key", "value") else wide) for name, numbers in values)
+            self._sent[key] = each, len(values)
+        return self._sent[key]
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What a plan leaves to choose."""
+
+    plan: ParallelPlan
+    rows: int
+    """Sequences of a micro-batch."""
+    micro_batches: int
+    ep: int
+    again: bool
+    """Activation checkpointing."""
+
+
+class _Ranks:
+    """Counts of every pipeline process of a plan; arrays have one entry a process."""
+
+    def __init__(self, priced: _Priced, plan: ParallelPlan):
+        shape, D = priced.job.shape, priced.job.model.d_model
+        self.priced, self.plan = priced, plan
+        size, larger = divmod(shape.layers, plan.stages)
+        numbers = np.arange(plan.stages + 1)
+        self.edges = numbers * size + np.minimum(numbers, larger)  # as plan.stage_blocks
+        self.blocks = np.diff(self.edges).reshape(-1, plan.pp).sum(0)
+        self.largest = size + (larger > 0)
+        self.last = (plan.stages - 1) % plan.pp
+        self.matrices, self.in_blocks = self.total(priced.matrices), self.total(priced.whole)
+        self.experts = self.blocks * float(shape.block_experts)
+        self.rest = np.zeros(plan.pp)
+        self.rest[0] += shape.vocab * D + priced.beginning
+        if plan.stages > 1:
+            self.rest[self.last] += shape.vocab * D
+        self.rest[self.last] += D
+        self.states = self._states() if plan.stages > 1 else (np.zeros(plan.pp), np.zeros(plan.pp))
+
+    def total(self, running: np.ndarray) -> np.ndarray:
+        """The sum over each process's blocks of what ``running`` sums."""
+        return np.diff(running[self.edges]).reshape(-1, self.plan.pp).sum(0)
+
+    def _states(self):
+        """Bytes per token and tensors that each process sends, both ways together; it receives as many bytes."""
+        each = np.zeros((2, self.plan.pp))
+        for cut in range(self.plan.stages - 1):
+            sent = self.priced.boundary(self.plan, cut)
+            for stage in (cut, cut + 1):
+                each[:, stage % self.plan.pp] += sent
+        return each
 
 
 # --- one plan -------------------------------------------------------------------------------------
@@ -394,12 +443,6 @@ def _apart(plan: ParallelPlan) -> bool:
     return plan.fsdp > 1 or (plan.tp > 1 and plan.dp > 1)
 
 
-def _stages(job: Job, plan: ParallelPlan) -> list[list[range]]:
-    """The blocks of every pipeline process, by stage."""
-    blocks = stage_blocks(job.shape.layers, plan.stages)
-    return [[blocks[s] for s in plan.stages_of(r)] for r in range(plan.pp)]
-
-
 def check(job: Job, plan: ParallelPlan, ep: int = 1) -> None:
     """Raise ``UserError`` for a plan that cannot run this job."""
     plan.check(job)  # type: ignore[arg-type]
@@ -407,144 +450,101 @@ def check(job: Job, plan: ParallelPlan, ep: int = 1) -> None:
     if shape.ffn % plan.tp:
         raise UserError(f"parallel: tp = {plan.tp} must divide the hidden features of an MLP, {shape.ffn}")
     nested = ep >= 1 and (plan.fsdp % ep == 0 or ep % plan.fsdp == 0)
-    if ep < 1 or plan.data_ways % ep or shape.experts % ep or not nested:
+    if not nested or plan.data_ways % ep or shape.experts % ep:
         raise UserError(
             f"parallel: ep = {ep} must divide both dp x fsdp = {plan.data_ways} and experts = {shape.experts}, and be a "
             f"factor or a multiple of fsdp = {plan.fsdp}; choose another ep"
         )
 
 
-class _Ranks:
-    """Counts of every pipeline process of a plan, one entry a process."""
-
-    def __init__(self, job: Job, plan: ParallelPlan, counted: _Counted):
-        self.stages = _stages(job, plan)
-        V, D = job.shape.vocab, job.model.d_model
-
-        def total(array):
-            return np.array([sum(float(array[b.start : b.stop].sum()) for b in own) for own in self.stages])
-
-        self.total = total
-        self.blocks = total(np.ones(job.shape.layers))
-        self.matrices = total(counted.matrices)
-        self.experts = self.blocks * job.shape.block_experts
-        rest = np.zeros(plan.pp)
-        rest[0] += V * D + counted.beginning
-        last = (plan.stages - 1) % plan.pp
-        if plan.stages > 1:
-            rest[last] += V * D
-        rest[last] += D
-        self.rest, self.last = rest, last
-        self.in_blocks = total(counted.whole)
-        self.whole = self.in_blocks + rest
-
-
-def volumes(job: Job, plan: ParallelPlan, ep: int = 1, rank: int | None = None) -> list[Volume]:
-    """What one process of pipeline place ``rank`` sends in a step; ``None``: the largest over all places.
-
-    The closed form of :func:`depthmix.parallel.volume.step_volume` (which rounds shards up to whole rows), with Muon's
-    updates and the all-to-all of experts besides, without scalars. ``ep`` appears as an axis.
-    """
-    counted = _counted_of(job.shape, _key(job.model))
-    ranks = _Ranks(job, plan, counted)
-    places = range(plan.pp) if rank is None else [rank]
-    largest: dict[tuple, Volume] = {}
-    for r in places:
-        for found in _volumes(job, plan, ep, counted, ranks, r):
-            key = found.kind, found.axis, found.what, found.boundary, found.direction
-            if key not in largest or largest[key].bytes < found.bytes:
-                largest[key] = found
-    return [v for v in largest.values() if v.bytes]
-
-
-def _volumes(job: Job, plan: ParallelPlan, ep: int, counted: _Counted, ranks: _Ranks, r: int):
-    e, M, blocks = job.weight_bytes, plan.micro_batches(job), int(ranks.blocks[r])
-    tokens = plan.micro_batch(job) * job.model.seq_len
-    tp, dp, fsdp = plan.tp, plan.dp, plan.fsdp
-    dense_blocks = ranks.matrices[r] / tp + ranks.in_blocks[r]
-    rest = ranks.rest[r]
+def _traffic(ranks: _Ranks, choice: _Choice):
+    """``(kind, axis, what, bytes, calls, group)`` of a step; bytes and calls have one entry a pipeline process."""
+    priced, plan, M, ep = ranks.priced, choice.plan, choice.micro_batches, choice.ep
+    job, tp, dp, fsdp = priced.job, plan.tp, plan.dp, plan.fsdp
+    e, blocks, rest = job.weight_bytes, ranks.blocks, ranks.rest
+    tokens = choice.rows * job.model.seq_len
+    dense = ranks.matrices / tp + ranks.in_blocks
     # Experts: ep takes the places of fsdp first.
-    expert_fsdp = max(1, fsdp // ep)
-    expert_dp = plan.data_ways // max(fsdp, ep)
-    experts = ranks.experts[r] / ep / tp
+    expert_fsdp, expert_dp = max(1, fsdp // ep), plan.data_ways // max(fsdp, ep)
+    experts = ranks.experts / ep / tp
+    moe = job.shape.experts > 1
+    times = 1 if plan.pp > 1 else M
     if _apart(plan):
-        times = 1 if plan.pp > 1 else M
-        gathered = 2 * M * dense_blocks + times * rest
-        reduced = times * (dense_blocks + rest)
-        units = blocks + (rest > 0) * len(ranks.stages[r])
+        gathered, reduced = 2 * M * dense + times * rest, times * (dense + rest)
+        units = times * (blocks + plan.stages // plan.pp)
         if fsdp > 1:
-            yield Volume("all-gather", "fsdp", "parameters", round(gathered * e), 2 * M * blocks + times, fsdp)
-            yield Volume("reduce-scatter", "fsdp", "gradients", round(reduced * e), times * units, fsdp)
+            calls = 2 * M * blocks + times
+            yield "all-gather", "fsdp", "parameters", gathered * e, calls, fsdp
+            yield "reduce-scatter", "fsdp", "gradients", reduced * e, units, fsdp
         if dp > 1:
-            yield Volume("all-reduce", "dp", "gradients", round(reduced * e / fsdp), times * units, dp)
-        if experts and expert_fsdp > 1:
-            yield Volume(
-                "all-gather", "fsdp", "experts", round(2 * M * experts * e), 2 * M * blocks, expert_fsdp
-            )
-            yield Volume(
-                "reduce-scatter", "fsdp", "expert gradients", round(times * experts * e), times * blocks, expert_fsdp
-            )
+            yield "all-reduce", "dp", "gradients", reduced * e / fsdp, units, dp
     elif dp > 1:
-        times = M if job.precision == "bf16" and plan.pp == 1 else 1
-        yield Volume("all-reduce", "dp", "gradients", round(times * (dense_blocks + rest) * e), times, dp)
-    if experts and expert_dp > 1:
-        part = experts / expert_fsdp * e
-        yield Volume("all-reduce", "dp", "expert gradients", round(part), 1, expert_dp)
+        often = M if job.precision == "bf16" and plan.pp == 1 else 1
+        yield "all-reduce", "dp", "gradients", often * (dense + rest) * e, often + 0 * blocks, dp
+    if moe and expert_fsdp > 1:
+        yield "all-gather", "fsdp", "experts", 2 * M * experts * e, 2 * M * blocks, expert_fsdp
+        yield "reduce-scatter", "fsdp", "expert gradients", times * experts * e, times * blocks, expert_fsdp
+    if moe and expert_dp > 1:
+        yield "all-reduce", "dp", "expert gradients", experts / expert_fsdp * e, 1 + 0 * blocks, expert_dp
     if ep > 1:
-        sent = 4 * M * blocks * tokens / tp * job.shape.active * job.model.d_model * job.compute_bytes
-        yield Volume("all-to-all", "ep", "tokens", round(sent), 4 * M * blocks, ep)
+        copies = 4 * M * blocks * tokens / tp * job.shape.active
+        yield "all-to-all", "ep", "tokens", copies * job.model.d_model * job.compute_bytes, 4 * M * blocks, ep
     if tp > 1:
-        calls = 4 * M * blocks
-        one = tokens * job.model.d_model * e
-        yield Volume("all-gather", "tp", "sequence", calls * one, calls, tp)
-        yield Volume("reduce-scatter", "tp", "sequence", calls * one, calls, tp)
+        calls, one = 4 * M * blocks, float(tokens * job.model.d_model * e)
+        yield "all-gather", "tp", "sequence", calls * one, calls, tp
+        yield "reduce-scatter", "tp", "sequence", calls * one, calls, tp
         if job.model.residual == "moda":
-            extra = M * blocks
-            yield Volume("all-gather", "tp", "memory", extra * one, extra, tp)
-            yield Volume("reduce-scatter", "tp", "memory", extra * one, extra, tp)
-        yield Volume("all-reduce", "tp", "gradients", round((ranks.in_blocks[r] + rest) / fsdp * 4), 1, tp)
+            yield "all-gather", "tp", "memory", M * blocks * one, M * blocks, tp
+            yield "reduce-scatter", "tp", "memory", M * blocks * one, M * blocks, tp
+        yield "all-reduce", "tp", "gradients", (ranks.in_blocks + rest) / fsdp * 4, 1 + 0 * blocks, tp
     if plan.stages > 1:
-        for stage in plan.stages_of(r):
-            for cut, direction in ((stage, "forward"), (stage - 1, "backward")):
-                if 0 <= cut < plan.stages - 1:
-                    sent, pieces = _boundary(job, plan, cut)
-                    yield Volume(
-                        "point-to-point", "pp", "state", M * sent * tokens // tp, M * pieces, 2, cut, direction
-                    )
-        if r in (0, ranks.last) and ranks.last:
-            tied = job.shape.vocab * job.model.d_model / fsdp
-            yield Volume("all-reduce", "tied", "gradients", round(tied * e), 1, 2)
-    ways = dp * fsdp * tp
-    if ways > 1:  # Muon's matrices, fp32, there and back
-        held = ranks.matrices[r] / (tp * fsdp)
-        if fsdp * tp > 1:
-            axis = "fsdp" if fsdp > 1 else "tp"
-            yield Volume("all-to-all", axis, "updates", round(2 * 4 * held / dp), 2 * 4, fsdp * tp)
-        if dp > 1:
-            yield Volume("all-gather", "dp", "updates", round(4 * held), 4, dp)
+        state, tensors = ranks.states
+        yield "point-to-point", "pp", "state", M * state * tokens / tp, M * tensors, 2
+        if ranks.last:
+            ends = np.zeros(plan.pp)
+            ends[[0, ranks.last]] = 1
+            yield "all-reduce", "tied", "gradients", ends * job.shape.vocab * job.model.d_model / fsdp * e, ends, 2
+    if tp * fsdp > 1:  # Muon's matrices, fp32, there and back
+        axis = "fsdp" if fsdp > 1 else "tp"
+        held = ranks.matrices / (tp * fsdp)
+        yield "all-to-all", axis, "updates", 8 * held / dp, 8 + 0 * blocks, tp * fsdp
+    if dp > 1:
+        yield "all-gather", "dp", "updates", 4 * ranks.matrices / (tp * fsdp), 4 + 0 * blocks, dp
 
 
-@functools.lru_cache(maxsize=65536)
-def _boundary_of(key: str, precision: str, layers: int, pp: int, stages: int, schedule: str, cut: int):
-    model = GPTConfig(**json.loads(key))
-    plan = ParallelPlan(pp=pp, stages=stages, schedule=schedule)
-    values = volume.sent_values(model, plan, cut, schedule == "interleaved")
-    wide, narrow = 2 if precision == "bf16" else 4, 4 if precision == "fp32" else 2
-    each = sum(numbers * (narrow if name[0] in ("key", "value") else wide) for name, numbers in values)
-    return each, len(values)
+def volumes(job: Job, plan: ParallelPlan, ep: int = 1) -> list[Volume]:
+    """What a process sends in a step, the largest over the pipeline's processes of each.
+
+    The closed form of :func:`depthmix.parallel.volume.step_volume` (which rounds shards up to whole rows, and counts
+    parameters that a cut moves to the other side there), with Muon's updates and the all-to-alls of experts, without
+    scalars; all the states that a process sends are one entry.
+    """
+    check(job, plan, ep)
+    priced = _Priced(job, _ANY)
+    return _volumes(_Ranks(priced, plan), _choice(job, plan, ep))
 
 
-def _boundary(job: Job, plan: ParallelPlan, cut: int) -> tuple[int, int]:
-    """Bytes per token sent over ``cut``, one way, and in how many tensors."""
-    return _boundary_of(
-        _key(job.model), job.precision, job.shape.layers, plan.pp, plan.stages, plan.schedule, cut
-    )
+def _volumes(ranks: _Ranks, choice: _Choice) -> list[Volume]:
+    found = []
+    for kind, axis, what, sent, calls, group in _traffic(ranks, choice):
+        if group > 1 and sent.max() > 0:
+            found.append(Volume(kind, axis, what, round(float(sent.max())), round(float(np.max(calls))), group))
+    return found
 
 
-def _seconds(found: Volume, hardware: Hardware, stride: int) -> float:
-    band, latency = hardware.link(stride, found.group)
-    hops = math.ceil(math.log2(found.group)) if found.group > 1 else 0
-    return found.calls * hops * latency + wire_bytes(found) / band
+def _choice(job: Job, plan: ParallelPlan, ep: int) -> _Choice:
+    return _Choice(plan, plan.micro_batch(job), plan.micro_batches(job), ep, job.activation_checkpointing)
+
+
+_ANY = Hardware("any", ((1, 1.0),), 1.0, 1.0, {"": 1.0}, 1.0, 1.0, 0.0, 0.0, math.inf, 8)
+
+
+def _seconds(traffic, hardware: Hardware, stride: int) -> np.ndarray:
+    """Of :func:`_traffic`'s entry, for each pipeline process."""
+    kind, _, _, sent, calls, group = traffic
+    band, latency = hardware.link(stride, group)
+    one = wire_bytes(Volume(kind, "", "", 1, 1, group))
+    return calls * math.ceil(math.log2(max(2, group))) * latency + sent * one / band
 
 
 def _strides(plan: ParallelPlan) -> dict[str, int]:
@@ -558,173 +558,141 @@ def estimate(job: Job | TrainConfig, plan: ParallelPlan, hardware: Hardware, ep:
     if isinstance(job, TrainConfig):
         job = Job.of(job)
     check(job, plan, ep)
-    return _estimate(job, plan, hardware, ep, _Priced(job, hardware))
+    priced = _Priced(job, hardware)
+    return _estimate(_Ranks(priced, plan), _choice(job, plan, ep))
 
 
-def _estimate(job: Job, plan: ParallelPlan, hardware: Hardware, ep: int, priced: _Priced) -> Estimate:
-    counted = priced.counted
-    ranks = _Ranks(job, plan, counted)
-    M, rows = plan.micro_batches(job), plan.micro_batch(job)
-    tokens = rows * job.model.seq_len / plan.tp  # of a micro-batch, on one process
-    again = 1 if job.activation_checkpointing else 0
-    v = plan.stages // plan.pp
-    strides = _strides(plan)
-    sent = [list(_volumes(job, plan, ep, counted, ranks, r)) for r in range(plan.pp)]
+def _estimate(ranks: _Ranks, choice: _Choice) -> Estimate:
+    priced, plan, M = ranks.priced, choice.plan, choice.micro_batches
+    job, hardware = priced.job, priced.hardware
+    tokens = choice.rows * job.model.seq_len / plan.tp  # of a micro-batch, on one process
+    again, v = int(choice.again), plan.stages // plan.pp
 
     # Seconds of a micro-batch on every pipeline process.
     total = ranks.total
     forward, backward = tokens * total(priced.forward), tokens * total(priced.backward)
-    cast = total(priced.cast) / plan.tp
-    moved = priced.connection[_apart(plan)]
-    written, read = tokens * total(moved[:, 0]), tokens * total(moved[:, 1])
-    head = np.zeros(plan.pp)
-    head[ranks.last] = tokens * priced.head
-    compute = (1 + again) * forward + backward + head + cast
+    written, read = (tokens * total(moved) for moved in priced.moved[_apart(plan)])
+    compute = (1 + again) * forward + backward + total(priced.cast) / plan.tp
+    compute[ranks.last] += tokens * priced.head
     connection = (1 + again) * written + read
-    overhead = ranks.blocks * _block_overhead(hardware, plan) * (1 + again / 3)
-    overhead = overhead + 2 * ranks.blocks * priced.overhead_connection
+    overhead = ranks.blocks * (hardware.block_overhead * (1 + again / 3) + 2 * priced.site_overhead)
 
-    waited = {axis: np.zeros(plan.pp) for axis in ("tp", "ep", "fsdp", "pp")}
-    at_end = {axis: np.zeros(plan.pp) for axis in ("dp", "fsdp", "tp", "tied")}
-    for r, own in enumerate(sent):
-        hidden = hardware.overlap.get("fsdp", 0.0)
-        ahead, behind = (1 + again) * forward[r] + written[r], backward[r] + read[r]
-        gather = reduce = 0.0
-        for found in own:
-            seconds = _seconds(found, hardware, strides[found.axis])
-            if found.axis in ("tp", "ep", "pp") and found.what in ("sequence", "tokens", "state", "memory"):
-                waited[found.axis][r] += seconds / M
-            elif found.axis == "fsdp" and found.what in ("parameters", "experts"):
-                gather += seconds / M
-            elif found.axis == "fsdp" and found.what.endswith("gradients"):
-                reduce += seconds / M
-            elif found.axis == "dp" and found.what.endswith("gradients"):
-                last = (backward[r] + read[r]) * hardware.overlap.get("dp", 0.0)
-                at_end["dp"][r] += max(0.0, seconds - last)
-            else:
-                at_end[found.axis][r] += seconds
-        # Half of the gathers before the forward, half before the backward pass.
-        waited["fsdp"][r] = max(0.0, gather / 2 - hidden * ahead) + max(0.0, gather / 2 + reduce - hidden * behind)
+    nothing = np.zeros(plan.pp)
+    waited = dict.fromkeys(("tp", "ep", "fsdp", "pp"), nothing)
+    at_end = dict.fromkeys(("dp", "fsdp", "tp", "tied"), nothing)
+    gather = reduce = nothing
+    strides = _strides(plan)
+    for traffic in _traffic(ranks, choice):
+        _, axis, what, *_ = traffic
+        seconds = _seconds(traffic, hardware, strides[axis])
+        if what in ("sequence", "tokens", "state", "memory"):
+            waited[axis] = waited[axis] + seconds / M
+        elif axis == "fsdp" and what in ("parameters", "experts"):
+            gather = gather + seconds / M
+        elif axis == "fsdp" and what.endswith("gradients"):
+            reduce = reduce + seconds / M
+        elif axis == "dp" and what.endswith("gradients"):
+            hidden = hardware.overlap.get("dp", 0.0) * (backward + read)
+            at_end["dp"] = at_end["dp"] + np.maximum(0.0, seconds - hidden)
+        else:
+            at_end[axis] = at_end[axis] + seconds
+    # Half of the gathers before the forward, half before the backward pass.
+    hides = hardware.overlap.get("fsdp", 0.0)
+    ahead, behind = hides * ((1 + again) * forward + written), hides * (backward + read)
+    waited["fsdp"] = np.maximum(0.0, gather / 2 - ahead) + np.maximum(0.0, gather / 2 + reduce - behind)
 
     work = compute + connection + overhead + sum(waited.values())
     slow = int(work.argmax())
     bubble = float(work.sum() - work[slow]) / v
-    optimizer = max(_optimizer(job, plan, hardware, counted, ranks, r) for r in range(plan.pp))
+    optimizer = _optimizer(ranks)
     exposed = {axis: M * float(each[slow]) for axis, each in waited.items()}
     for axis, each in at_end.items():
         exposed[axis] = exposed.get(axis, 0.0) + float(each.max())
-    exposed = {axis: seconds for axis, seconds in exposed.items() if seconds > 0}
     late = sum(float(each.max()) for each in at_end.values())
-    step = M * float(work[slow]) + bubble + late + optimizer + hardware.step_overhead
-    memory = _memory(job, plan, ep, ranks, M, rows)
+    one = dataclasses.replace(job, micro_batch=choice.rows, activation_checkpointing=choice.again)
     return Estimate(
-        job=job,
+        job=one,
         plan=plan,
         hardware=hardware.name,
-        ep=ep,
-        micro_batch=rows,
+        ep=choice.ep,
+        micro_batch=choice.rows,
         micro_batches=M,
-        step=step,
+        step=M * float(work[slow]) + bubble + late + optimizer + hardware.step_overhead,
         compute=M * float(compute[slow]),
         connection=M * float(connection[slow]),
         optimizer=optimizer,
         overhead=M * float(overhead[slow]) + hardware.step_overhead,
         bubble=bubble,
-        exposed=exposed,
-        memory=memory,
+        exposed={axis: seconds for axis, seconds in exposed.items() if seconds > 0},
+        memory=_memory(ranks, choice),
         available=hardware.memory * hardware.usable,
-        volumes=tuple(itertools.chain.from_iterable(sent[:1] if plan.pp == 1 else sent)),
+        volumes=tuple(_volumes(ranks, choice)),
     )
 
 
-def _block_overhead(hardware: Hardware, plan: ParallelPlan) -> float:
-    table = hardware.block_overhead
-    base = table.get("", 0.0)
-    axes = [axis for axis in ("dp", "fsdp", "tp", "pp") if getattr(plan, axis) > 1]
-    return base + sum(max(0.0, table.get(axis, base) - base) for axis in axes)
+def _muon_flops(rows: int, cols: int) -> int:
+    small, large = min(rows, cols), max(rows, cols)
+    return 5 * (4 * small**2 * large + 2 * small**3)
 
 
-def _optimizer(
-    job: Job, plan: ParallelPlan, hardware: Hardware, counted: _Counted, ranks: _Ranks, r: int
-) -> float:
-    ways = plan.dp * plan.fsdp * plan.tp
-    blocks, band = int(ranks.blocks[r]), hardware.bandwidth
-    seconds = 0.0
-    for rows, cols in counted.shapes:
-        small, large = min(rows, cols), max(rows, cols)
-        flops = 5 * (4 * small**2 * large + 2 * small**3)
-        seconds += -(-blocks // ways) * flops / hardware.matmul_flops(small)
-    shape = job.shape
+def _optimizer(ranks: _Ranks) -> float:
+    """Seconds of the slowest pipeline process."""
+    priced, plan = ranks.priced, ranks.plan
+    hardware, shape, D = priced.hardware, priced.job.shape, priced.job.model.d_model
+    ways, shard = plan.dp * plan.fsdp * plan.tp, plan.tp * plan.fsdp
+    seconds = np.zeros(plan.pp)
+    kinds = [(rows, cols, 1) for rows, cols in priced.shapes]
     if shape.experts > 1:
-        small, large = min(shape.ffn, shape.width), max(shape.ffn, shape.width)
-        flops = 5 * (4 * small**2 * large + 2 * small**3)
-        count = 2 * shape.experts * blocks
-        seconds += -(-count // ways) * flops / hardware.matmul_flops(small)
-    extra = ranks.total(counted.muon_split)[r]
-    seconds += 30 * extra * job.model.d_model / ways / hardware.matmul_flops(job.model.d_model)
-    shard = plan.tp * plan.fsdp
-    muon = ranks.matrices[r] / shard + ranks.experts[r] / min(ways, shard * max(1, shape.experts))
-    adamw = ranks.whole[r] / plan.fsdp
-    return seconds + 4 * (14 * muon + 7 * adamw + 3 * (muon + adamw)) / band
+        kinds.append((shape.ffn, shape.width, 2 * shape.experts))
+    for rows, cols, count in kinds:  # a matrix is one process's
+        mine = np.ceil(count * ranks.blocks / ways)
+        seconds += mine * _muon_flops(rows, cols) / hardware.matmul_flops(min(rows, cols))
+    seconds += 30 * ranks.total(priced.extra) * D / ways / hardware.matmul_flops(D)
+    muon = ranks.matrices / shard + ranks.experts / min(ways, shard * max(1, shape.experts))
+    adamw = (ranks.in_blocks + ranks.rest) / plan.fsdp
+    seconds += 4 * (17 * muon + 10 * adamw) / hardware.bandwidth
+    return float(seconds.max())
 
 
-def _memory(job: Job, plan: ParallelPlan, ep: int, ranks: _Ranks, M: int, rows: int) -> dict[str, float]:
+def _memory(ranks: _Ranks, choice: _Choice) -> dict[str, float]:
     """Bytes by kind of the pipeline process that needs most."""
-    shape, model, c, s = job.shape, job.model, job.compute_bytes, job.state_bytes
-    D, W, V, tp, fsdp = model.d_model, model.attention_width, shape.vocab, plan.tp, plan.fsdp
-    e, tokens, v = job.weight_bytes, rows * model.seq_len, plan.stages // plan.pp
-    experts_over = tp * max(ep, fsdp)
-    kept_block = 2 * D * s / tp + 2 * D * c + (7 * W + 2 * shape.ffn * shape.active) * c / tp
-    kept_block += connection_saved(job) / tp
-    entering = (1 + _carried(model)) * D * s / tp
-    found = []
-    for r in range(plan.pp):
-        matrices = ranks.matrices[r] / (tp * fsdp) + ranks.experts[r] / experts_over
-        whole = ranks.whole[r] / fsdp
-        held = matrices + whole
-        masters = 4 * held if job.precision == "bf16" else 0.0
-        largest = max(len(b) for own in ranks.stages for b in own)
-        gathered = 0.0
-        if fsdp > 1:
-            block = (ranks.matrices[r] / tp + ranks.in_blocks[r] + ranks.experts[r] / ep / tp) / max(
-                1, ranks.blocks[r]
-            )
-            gathered = (min(2, ranks.blocks[r]) * block + ranks.rest[r]) * e
-        if plan.stages == 1:
-            flight, per_flight = 1, float(ranks.blocks[r])
-        elif plan.schedule == "gpipe":
-            flight, per_flight = M, float(ranks.blocks[r])
-        elif plan.schedule == "1f1b":
-            flight, per_flight = min(M, plan.pp - r), float(ranks.blocks[r])
-        else:
-            flight = min(v * M, 2 * (plan.pp - r - 1) + (v - 1) * plan.pp + 1)
-            per_flight = float(largest)
-        blocks_kept = flight * per_flight
-        if job.activation_checkpointing:
-            kept = tokens * (blocks_kept * entering + kept_block)
-        else:
-            kept = tokens * blocks_kept * kept_block
-        if r == ranks.last:
-            # The logarithms of probabilities are kept, one gradient and one copy of the logits exist besides.
-            chunks = flight if plan.stages > 1 and plan.schedule == "gpipe" else 1
-            kept += tokens / tp * V * (4 * chunks + 4 + c)
-        buffers = 0.0
-        if plan.stages > 1:
-            for stage in plan.stages_of(r):
-                for cut in (stage - 1, stage):
-                    if 0 <= cut < plan.stages - 1:
-                        buffers += M * tokens / tp * _boundary(job, plan, cut)[0]
-        found.append(
-            {
-                "parameters": e * held,
-                "gradients": 4 * held,
-                "optimizer": 4 * matrices + 8 * whole + masters,
-                "gathered": gathered,
-                "activations": float(kept),
-                "buffers": buffers,
-            }
-        )
-    return max(found, key=lambda each: sum(each.values()))
+    priced, plan, M = ranks.priced, choice.plan, choice.micro_batches
+    job, tp, fsdp, pp = priced.job, plan.tp, plan.fsdp, plan.pp
+    shape, model, c, s, e = job.shape, job.model, job.compute_bytes, job.state_bytes, job.weight_bytes
+    D, W, V = model.d_model, model.attention_width, shape.vocab
+    tokens, v, r = choice.rows * model.seq_len, plan.stages // pp, np.arange(pp)
+    matrices = ranks.matrices / (tp * fsdp) + ranks.experts / (tp * max(choice.ep, fsdp))
+    whole = (ranks.in_blocks + ranks.rest) / fsdp
+    held = matrices + whole
+    gathered = np.zeros(pp)
+    if fsdp > 1:
+        block = (ranks.matrices / tp + ranks.in_blocks + ranks.experts / choice.ep / tp) / ranks.blocks
+        gathered = (np.minimum(2, ranks.blocks) * block + ranks.rest) * e
+
+    if plan.stages == 1 or plan.schedule == "1f1b":
+        kept_blocks = np.minimum(M, pp - r) * ranks.blocks
+    elif plan.schedule == "gpipe":
+        kept_blocks = M * ranks.blocks
+    else:
+        kept_blocks = np.minimum(v * M, 2 * (pp - r - 1) + (v - 1) * pp + 1) * ranks.largest
+    block = 2 * D * s / tp + 2 * D * c + (7 * W + 2 * shape.ffn * shape.active) * c / tp + priced.saved / tp
+    if choice.again:
+        activations = tokens * (kept_blocks * priced.entering * D * s / tp + block)
+    else:
+        activations = tokens * kept_blocks * block
+    # Of the loss: the logarithms of probabilities are kept; a gradient and a copy of the logits exist besides.
+    chunks = M if plan.stages > 1 and plan.schedule == "gpipe" else 1
+    activations[ranks.last] += tokens / tp * V * (4 * chunks + 4 + c)
+    parts = {
+        "parameters": e * held,
+        "gradients": 4 * held,
+        "optimizer": 4 * matrices + 8 * whole + (4 * held if job.precision == "bf16" else 0),
+        "gathered": gathered,
+        "activations": activations,
+        "buffers": M * ranks.states[0] * tokens / tp,
+    }
+    most = int(sum(parts.values()).argmax())
+    return {name: float(each[most]) for name, each in parts.items()}
 
 
 # --- the best plan --------------------------------------------------------------------------------
@@ -736,6 +704,68 @@ def divisors(n: int) -> list[int]:
     return sorted({*small, *(n // i for i in small)})
 
 
+MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
+"""Sequences of a micro-batch that a search tries."""
+CHUNKS = range(2, 9)
+"""Stages of a pipeline process that it tries with the interleaved schedule."""
+
+
+@functools.lru_cache(maxsize=16)
+def _candidates(
+    shape: Shape, sequences: int, fixed: int, heads: int, seq_len: int, gpus: int, node: int, again: bool | None
+) -> tuple[list[_Choice], dict[str, np.ndarray]]:
+    found = []
+    remat = (False, True) if again is None else (again,)
+    for tp in divisors(gpus):
+        if tp > node or heads % tp or shape.ffn % tp or seq_len % tp:
+            continue
+        for pp in divisors(gpus // tp):
+            ways = gpus // tp // pp
+            if pp > shape.layers or sequences % ways:
+                continue
+            local = sequences // ways
+            schedules_of = {}
+            for rows in (size for size in ([fixed] if fixed else MICRO_BATCHES) if local % size == 0):
+                M = local // rows
+                if pp == 1:
+                    schedules = [("1f1b", 1)]
+                else:
+                    schedules = [("1f1b", pp)] if M >= pp else [("gpipe", pp)]
+                    if M % pp == 0:
+                        equal = (v for v in CHUNKS if shape.layers % (pp * v) == 0)
+                        schedules += [("interleaved", pp * v) for v in equal]
+                schedules_of[rows] = schedules
+            for fsdp in divisors(ways):
+                shared = divisors(math.gcd(ways, shape.experts))
+                shared = [ep for ep in shared if fsdp % ep == 0 or ep % fsdp == 0]
+                plans = {
+                    key: ParallelPlan(ways // fsdp, fsdp, tp, pp, *key)
+                    for key in {key for keys in schedules_of.values() for key in keys}
+                }
+                for rows, schedules in schedules_of.items():
+                    found += [
+                        _Choice(plans[key], rows, local // rows, ep, r)
+                        for key in schedules
+                        for r in remat
+                        for ep in shared
+                    ]
+    columns = {
+        "tp": [c.plan.tp for c in found],
+        "pp": [c.plan.pp for c in found],
+        "fsdp": [c.plan.fsdp for c in found],
+        "dp": [c.plan.dp for c in found],
+        "v": [c.plan.stages // c.plan.pp for c in found],
+        "M": [c.micro_batches for c in found],
+        "rows": [c.rows for c in found],
+        "ep": [c.ep for c in found],
+        "again": [c.again for c in found],
+        "apart": [_apart(c.plan) for c in found],
+        "gpipe": [c.plan.schedule == "gpipe" for c in found],
+        "interleaved": [c.plan.schedule == "interleaved" for c in found],
+    }
+    return found, {name: np.array(values, float) for name, values in columns.items()}
+
+
 def candidates(
     job: Job, hardware: Hardware, gpus: int, *, checkpointing: bool | None = None
 ) -> list[tuple[Job, ParallelPlan, int]]:
@@ -744,41 +774,19 @@ def candidates(
     tp within a node, micro-batches of 1, 2, 4, ... 64 sequences where ``job.micro_batch`` leaves the choice, interleaved
     stages where they divide the blocks equally, up to eight a process, gpipe where there are too few micro-batches for 1f1b.
     """
-    found = []
-    shape = job.shape
-    remat = (False, True) if checkpointing is None else (checkpointing,)
-    for tp in divisors(gpus):
-        if tp > hardware.devices_per_node or job.model.n_head % tp or shape.ffn % tp or job.model.seq_len % tp:
-            continue
-        for pp in divisors(gpus // tp):
-            ways = gpus // tp // pp
-            if pp > shape.layers or job.batch_size % ways:
-                continue
-            local = job.batch_size // ways
-            sizes = [job.micro_batch] if job.micro_batch else [2**i for i in range(7)]
-            for rows in (size for size in sizes if local % size == 0):
-                M = local // rows
-                if pp == 1:
-                    schedules = [("1f1b", 1)]
-                else:
-                    schedules = [("1f1b", pp)] if M >= pp else [("gpipe", pp)]
-                    if M % pp == 0:
-                        chunks = (v for v in range(2, 9) if shape.layers % (pp * v) == 0)
-                        schedules += [("interleaved", pp * v) for v in chunks]
-                for schedule, stages in schedules:
-                    for fsdp in divisors(ways):
-                        plan = ParallelPlan(
-                            dp=ways // fsdp, fsdp=fsdp, tp=tp, pp=pp, schedule=schedule, stages=stages
-                        )
-                        shared = [
-                            ep
-                            for ep in divisors(math.gcd(ways, shape.experts))
-                            if fsdp % ep == 0 or ep % fsdp == 0
-                        ]
-                        for again in remat:
-                            one = dataclasses.replace(job, micro_batch=rows, activation_checkpointing=again)
-                            found += [(one, plan, ep) for ep in shared]
-    return found
+    found, _ = _candidates_of(job, hardware, gpus, checkpointing)
+    return [
+        (dataclasses.replace(job, micro_batch=c.rows, activation_checkpointing=c.again), c.plan, c.ep)
+        for c in found
+    ]
+
+
+def _candidates_of(job: Job, hardware: Hardware, gpus: int, checkpointing: bool | None):
+    model = job.model
+    return _candidates(
+        job.shape, job.batch_size, job.micro_batch, model.n_head, model.seq_len, gpus,
+        hardware.devices_per_node, checkpointing,
+    )  # fmt: skip
 
 
 def search(
@@ -786,14 +794,14 @@ def search(
 ) -> list[Estimate]:
     """The ``keep`` fastest estimates of all :func:`candidates` that fit the memory, fastest first.
 
-    A candidate whose work alone, perfectly divided, takes longer than the estimates at hand is not looked at; this loses
-    none. Ties go to the plan that comes first in ``(step, str(plan), micro_batch)``.
+    A candidate whose bounds (:func:`_bounds`) show that it is slower than the estimates at hand, or does not fit, is not
+    looked at; this loses none. Ties go to the first in ``(step, str(plan), micro_batch, ep)``.
 
     Raises ``UserError`` where nothing fits, naming what is missing.
     """
     if gpus < 1:
         raise UserError(f"--gpus must be at least 1, got {gpus}")
-    found = candidates(job, hardware, gpus, checkpointing=checkpointing)
+    found, columns = _candidates_of(job, hardware, gpus, checkpointing)
     if not found:
         raise UserError(
             f"no plan divides {gpus} devices for {job.batch_size} sequences a step, {job.shape.layers} blocks and "
@@ -801,53 +809,82 @@ def search(
             f"--batch-tokens"
         )
     priced = _Priced(job, hardware)
-    bounds = sorted(
-        ((_bound(one, plan, priced), i) for i, (one, plan, _) in enumerate(found)), key=lambda pair: pair
-    )
+    least, needed = _bounds(priced, columns)
+    available = hardware.memory * hardware.usable
     best: list[tuple[tuple, Estimate]] = []
-    leanest = None
-    for bound, i in bounds:
-        if len(best) >= keep and bound > best[keep - 1][0][0]:
-            break
-        one, plan, ep = found[i]
-        ranks = None
-        if best or leanest is not None:  # memory first: it is the cheaper half
-            ranks = _Ranks(one, plan, priced.counted)
-            memory = _memory(one, plan, ep, ranks, plan.micro_batches(one), one.micro_batch)
-            needed = sum(memory.values())
-            if needed > hardware.memory * hardware.usable:
-                if leanest is None or needed < leanest[0]:
-                    leanest = needed, memory, one, plan
-                continue
-        result = _estimate(one, plan, hardware, ep, priced)
-        if not result.fits:
-            if leanest is None or result.total_memory < leanest[0]:
-                leanest = result.total_memory, result.memory, one, plan
+    ranks_of: dict[ParallelPlan, _Ranks] = {}
+    for i in np.argsort(least, kind="stable"):
+        if needed[i] > available:
             continue
-        best.append(((result.step, str(plan), one.micro_batch, ep, one.activation_checkpointing), result))
+        if len(best) >= keep and least[i] > best[-1][0][0]:
+            break
+        choice = found[i]
+        if choice.plan not in ranks_of:
+            ranks_of[choice.plan] = _Ranks(priced, choice.plan)
+        ranks = ranks_of[choice.plan]
+        if sum(_memory(ranks, choice).values()) > available:
+            continue
+        result = _estimate(ranks, choice)
+        best.append(((result.step, str(choice.plan), choice.rows, choice.ep, choice.again), result))
         best = sorted(best, key=lambda pair: pair[0])[:keep]
     if not best:
-        needed, memory, one, plan = leanest
-        part = max(memory, key=memory.get)
-        raise UserError(
-            f"residual {job.model.label}: nothing fits {gpus} x {hardware.name} with {hardware.memory / 1e9:.0f} GB each "
-            f"({hardware.usable:.0%} usable): the leanest of {len(found)} plans, {plan} with micro_batch="
-            f"{one.micro_batch}, needs {needed / 1e9:.1f} GB, {memory[part] / 1e9:.1f} of them {part}; use more or larger "
-            f"devices, a shorter --seq-len, or a smaller model"
-        )
+        raise UserError(_why_not(priced, found, needed, gpus))
     return [result for _, result in best]
 
 
-def _bound(job: Job, plan: ParallelPlan, priced: _Priced) -> float:
-    """Seconds that the step takes at least: all work divided equally, and the bubble of equal stages."""
-    again = 1 if job.activation_checkpointing else 0
-    moved = priced.connection[_apart(plan)]
-    each = (
-        (1 + again) * (priced.forward.sum() + moved[:, 0].sum())
-        + priced.backward.sum()
-        + moved[:, 1].sum()
-        + priced.head
+def _bounds(priced: _Priced, columns: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Of every candidate, seconds that a step takes at least, and bytes that the first pipeline process needs at least.
+
+    Seconds: all work divided equally, the bubble of equal stages, tensor parallelism's collectives, and the optimiser's
+    work divided equally. Bytes: an equal share of parameters, gradients and states, and the activations of the blocks.
+    """
+    job, hardware = priced.job, priced.hardware
+    shape, model = job.shape, job.model
+    tp, pp, fsdp, dp, v, M = (columns[name] for name in ("tp", "pp", "fsdp", "dp", "v", "M"))
+    again, apart, ep = columns["again"], columns["apart"] > 0, columns["ep"]
+    written = np.where(apart, priced.moved[True][0][-1], priced.moved[False][0][-1])
+    read = np.where(apart, priced.moved[True][1][-1], priced.moved[False][1][-1])
+    tokens = columns["rows"] * model.seq_len
+    each = (1 + again) * (priced.forward[-1] + written) + priced.backward[-1] + read + priced.head
+    wire = 8 * shape.layers * (tp - 1) / tp * tokens * model.d_model * job.weight_bytes
+    pace = (tokens / tp * each + wire / hardware.intra_bandwidth) / pp
+    ways = dp * fsdp * tp * pp
+    flops = sum(_muon_flops(*sides) / hardware.matmul_flops(min(sides)) for sides in priced.shapes)
+    if shape.experts > 1:
+        one = _muon_flops(shape.ffn, shape.width) / hardware.matmul_flops(min(shape.ffn, shape.width))
+        flops += 2 * shape.experts * one
+    optimizer = shape.layers * flops / ways
+    least = pace * (M + (pp - 1) / v) + optimizer
+
+    s, c, e, D = job.state_bytes, job.compute_bytes, job.weight_bytes, model.d_model
+    experts = shape.layers * shape.block_experts
+    held = (priced.matrices[-1] / (tp * fsdp) + experts / (tp * np.maximum(ep, fsdp))) / pp
+    weights = held * (e + 8 + (4 if job.precision == "bf16" else 0))
+    block = 2 * D * s / tp + 2 * D * c + priced.saved / tp
+    block = block + (7 * model.attention_width + 2 * shape.ffn * shape.active) * c / tp
+    blocks = np.floor(shape.layers / (pp * v)) * np.where(columns["interleaved"] > 0, 1, v)
+    flight = np.where(columns["gpipe"] > 0, M, np.minimum(M, pp))
+    flight = np.where(columns["interleaved"] > 0, np.minimum(v * M, 2 * (pp - 1) + (v - 1) * pp + 1), flight)
+    kept = np.where(again > 0, priced.entering * D * s / tp, block) * flight * blocks
+    # Sums in another order differ in the last bits.
+    return least * (1 - 1e-9), (weights + tokens * kept) * (1 - 1e-9)
+
+
+def _why_not(priced: _Priced, found: list[_Choice], needed: np.ndarray, gpus: int) -> str:
+    """Why no candidate fits, by the leanest of those that need least."""
+    job, hardware = priced.job, priced.hardware
+    leanest = None
+    for i in np.argsort(needed, kind="stable")[:200]:
+        choice = found[i]
+        memory = _memory(_Ranks(priced, choice.plan), choice)
+        total = sum(memory.values())
+        if leanest is None or total < leanest[0]:
+            leanest = total, memory, choice
+    total, memory, choice = leanest
+    part = max(memory, key=memory.get)
+    return (
+        f"residual {job.model.label}: nothing fits {gpus} x {hardware.name} with {hardware.memory / 1e9:.0f} GB each "
+        f"({hardware.usable:.0%} usable): the leanest of {len(found)} plans, {choice.plan} with micro-batches of "
+        f"{choice.rows}, needs {total / 1e9:.1f} GB, {memory[part] / 1e9:.1f} of them {part}; use more or larger devices, "
+        f"a shorter --seq-len, or a smaller model"
     )
-    M, v = plan.micro_batches(job), plan.stages // plan.pp
-    tokens = job.micro_batch * job.model.seq_len / plan.tp
-    return float(tokens * each / plan.pp * (M + (plan.pp - 1) / v))

@@ -37,9 +37,8 @@ class Hardware:
     memory: float
     """Bytes of one device."""
     devices_per_node: int
-    block_overhead: dict[str, float] = field(default_factory=dict)
-    """Seconds a block and micro-batch, forward and backward, take whatever their size: by the axis of the plan that runs
-    it (dp, fsdp, tp, pp), ``""`` for none."""
+    block_overhead: float = 0.0
+    """Seconds that a block and micro-batch, forward and backward, take whatever their size."""
     connection_overhead: dict[str, float] = field(default_factory=dict)
     """Seconds a sublayer and micro-batch that a connection adds to that, by name."""
     step_overhead: float = 0.0

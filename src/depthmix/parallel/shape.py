@@ -89,7 +89,7 @@ SHAPES = {
     "7B": Shape(layers=32, width=4096, heads=32, ffn=16384, vocab=50304),
     # 71.3 B parameters.
     "70B": Shape(layers=88, width=8192, heads=64, ffn=32768, vocab=50304),
-    # 106.5 B parameters, 19.5 B of them active: 64 experts, 8 for a token.
+    # 106.5 B parameters, 16.3 B of them active: 64 experts, 8 for a token.
     "100B-moe": Shape(layers=48, width=4096, heads=32, ffn=4096, vocab=50304, experts=64, active=8),
 }
 

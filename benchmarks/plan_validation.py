@@ -1,0 +1,411 @@
+"""How far the cost model of parallel plans (depthmix.parallel.cost) is from trainings that run here.
+
+python benchmarks/plan_validation.py --out results/parallel/plan-validation.json
+
+Five plans, one after the other: 1 process, dp=2, fsdp=2, tp=2, pp=2, each process with one thread, gloo between them. In
+the processes of a plan small operations and trainings take turns for a number of rounds:
+
+* *constants*: matrix products, an element-wise pass, attention, an all-reduce, the steps of every connection alone (no
+  sublayers), and two trainings so small (D = 16) that they show what a block and a step cost whatever their size;
+* *runs*: trainings of three sizes with four connections, forward, backward, clipping, optimiser.
+
+The median of each constant makes a ``Hardware``, the model predicts each run from it, and the run's median is what it is
+compared with. No constant is fitted to a run. Memory: bytes of parameters and optimiser state that a process holds, and
+(1 process) of tensors kept for the backward pass, counted.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+PLANS = ("", "dp=2", "fsdp=2", "tp=2", "pp=2")
+RESIDUALS = ("prenorm", "mgr-competitive", "attnres", "hc")
+SIZES = ((64, 8), (128, 6), (256, 4))
+"""Width and blocks."""
+TINY = ((16, 2), (16, 6))
+SEQUENCES, LENGTH, VOCAB = 4, 128, 320
+TOKENS = SEQUENCES * LENGTH
+TRUNK = (128, 8)
+"""Width and blocks of the connections measured alone."""
+
+
+def config_of(width: int, blocks: int, residual: str, plan: str, length: int = LENGTH):
+    from depthmix.config import GPTConfig, OptimConfig, TrainConfig
+
+    heads = max(2, width // 32)
+    model = GPTConfig(VOCAB if length == LENGTH else 64, blocks, width, heads, length, residual=residual)
+    return TrainConfig(
+        model=model, optim=OptimConfig(warmup_steps=5), batch_size=SEQUENCES, parallel=plan, device="cpu",
+        micro_batch=1 if plan.startswith("pp") else 0,
+    )  # fmt: skip
+
+
+def cases(plan: str) -> dict:
+    found = {f"tiny {b} blocks": config_of(w, b, "prenorm", plan, 8) for w, b in TINY}
+    for width, blocks in SIZES:
+        for residual in RESIDUALS:
+            found[f"{residual} D={width} blocks={blocks}"] = config_of(width, blocks, residual, plan)
+    return found
+
+
+# --- in the processes of a plan -------------------------------------------------------------------
+
+
+class Constants:
+    """Functions that do some work; each is timed in every round."""
+
+    def __init__(self, many: bool):
+        import torch
+
+        self.work = {}
+        for width in (16, 64, 128, 256):
+            x = torch.randn(TOKENS, width, requires_grad=True)
+            weight = torch.randn(4 * width, width, requires_grad=True)
+            gradient = torch.randn(TOKENS, 4 * width)
+            self.work[f"matmul {width}"] = lambda x=x, w=weight, g=gradient: torch.autograd.grad(
+                torch.nn.functional.linear(x, w), (x, w), g
+            )
+        self._attention(torch)
+        self._passes(torch)
+        for residual in RESIDUALS:
+            for tokens in (8, TOKENS):
+                self.work[f"trunk {residual} {tokens}"] = self._trunk(torch, residual, tokens)
+        if many:
+            import torch.distributed as dist
+
+            for size in (2, 2**18):
+                values = torch.ones(size)
+                self.work[f"all-reduce {size}"] = lambda v=values: dist.all_reduce(v)
+
+    def _attention(self, torch):
+        q, k, v = (torch.randn(SEQUENCES, 4, LENGTH, 32, requires_grad=True) for _ in range(3))
+        gradient = torch.randn_like(q)
+
+        def attention():
+            y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            torch.autograd.grad(y, (q, k, v), gradient)
+
+        self.work["attention 128"] = attention
+
+    def _passes(self, torch):
+        from depthmix.functional import relu_squared
+
+        x = torch.randn(TOKENS, 512, requires_grad=True)
+        gradient = torch.randn(TOKENS, 512)
+        self.work["pass 512"] = lambda: torch.autograd.grad(relu_squared(x), x, gradient)
+
+    def _trunk(self, torch, residual: str, tokens: int):
+        from depthmix import GPT
+        from depthmix.model import step_and_norm
+
+        width, blocks = TRUNK
+        model = GPT(config_of(width, blocks, residual, "").model, seed=0)
+        sites = [s for b in model.blocks for s in (b.attn_site, b.mlp_site)]
+        norms = [n for b in model.blocks for n in (b.mlp.norm, b.attn.norm)]
+        outputs = [torch.randn(1, tokens, width, requires_grad=True) for _ in sites]
+        gradients = [torch.randn(1, tokens, width) for _ in sites]
+        embedding = torch.randn(1, tokens, width, requires_grad=True)
+
+        def run():
+            h, state = model.residual.begin(embedding)
+            state = model.residual.foresee(state, sites)
+            inputs = []
+            for site, y, norm in zip(sites, outputs, norms, strict=True):
+                h, state = step_and_norm(site, y, state, norm)
+                inputs.append(h)
+            torch.autograd.grad(inputs, [embedding, *outputs], gradients, allow_unused=True)
+
+        return run
+
+
+def worker(plan_text: str, rounds: int, seconds: float, out: Path) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    from depthmix import GPT
+    from depthmix.memory import saved_bytes
+    from depthmix.parallel.engine import build_engine
+    from depthmix.parallel.plan import ParallelPlan
+    from depthmix.parallel.world import ManyProcesses, World
+
+    plan = ParallelPlan.parse(plan_text)
+    many = plan.processes > 1
+    world = ManyProcesses(plan, "cpu", timeout_s=300) if many else World()
+    engines, counted = {}, {}
+    for name, config in cases(plan_text).items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            engine = build_engine(
+                lambda cuts, c=config: GPT(c.model, seed=0, cuts=cuts), config, world, torch.device("cpu")
+            )
+        tokens = torch.randint(0, config.model.vocab_size, (SEQUENCES, config.model.seq_len + 1))
+        tokens = world.same(tokens)
+        mine = tokens[world.data_rank * engine.rows :][: engine.rows]
+        engines[name] = engine, mine
+        counted[name] = _held(engine)
+        if not many:
+            counted[name]["kept"] = saved_bytes(engine.model, mine[:, :-1], mine[:, 1:])
+
+    def step(engine, mine):
+        engine.optimizer.zero_grad()
+        engine.backward(mine[:, :-1], mine[:, 1:])
+        engine.optimizer.clip_grad_norm(1.0)
+        engine.optimizer.step()
+
+    constants = Constants(many).work
+    work = {**constants, **{name: (lambda pair=pair: step(*pair)) for name, pair in engines.items()}}
+    taken = {name: [] for name in work}
+    began = time.monotonic()
+    done = 0
+    for round_ in range(-1, rounds):
+        if world.any(round_ >= 3 and time.monotonic() - began > seconds):
+            break
+        for name, function in work.items():
+            if many:
+                torch.distributed.barrier()
+            start = time.perf_counter()
+            repeats = 3 if name in constants else 1
+            for _ in range(repeats):
+                function()
+            if many:
+                torch.distributed.barrier()
+            if round_ >= 0:
+                taken[name].append((time.perf_counter() - start) / repeats)
+        done += round_ >= 0
+    held = [None] * plan.processes
+    if many:
+        torch.distributed.all_gather_object(held, counted)
+    else:
+        held = [counted]
+    if world.first:
+        values = {"rounds": done, "seconds": taken, "held": {n: [h[n] for h in held] for n in counted}}
+        out.write_text(json.dumps(values))
+    if many:
+        world.close()
+
+
+def _held(engine) -> dict:
+    """Bytes of parameters and of the optimiser's state in this process."""
+
+    def size(x):
+        x = x.to_local() if hasattr(x, "to_local") else x
+        return x.numel() * x.element_size()
+
+    state = engine.optimizer.named_state()
+    return {
+        "parameters": sum(size(p) for p in {p for part in engine.parts for p in part.parameters()}),
+        "optimizer": sum(size(x) for x in state.values() if x.dim()),
+    }
+
+
+# --- from times to predictions --------------------------------------------------------------------
+
+
+def medians(taken: dict) -> dict:
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def hardware_from(plan_text: str, seconds: dict):
+    """The machine as the constants of a plan's processes show it. ``seconds``: medians."""
+    from depthmix.parallel.cost import connection_traffic, estimate
+    from depthmix.parallel.hardware import Hardware
+    from depthmix.parallel.plan import ParallelPlan
+
+    plan = ParallelPlan.parse(plan_text)
+    matmul = tuple((w, 6 * TOKENS * 4 * w * w / seconds[f"matmul {w}"]) for w in (16, 64, 128, 256))
+    bandwidth = TOKENS * 512 * 5 * 4 / seconds["pass 512"]
+    shares, overheads = {}, {}
+    width, blocks = TRUNK
+    for residual in RESIDUALS:
+        few, all_ = seconds[f"trunk {residual} 8"], seconds[f"trunk {residual} {TOKENS}"]
+        slope = max(1e-12, (all_ - few) / (TOKENS - 8))
+        model = config_of(width, blocks, residual, "").model
+        moved = sum(sum(connection_traffic(model, s)) for s in range(1, 2 * blocks + 1)) * width * 4
+        shares[residual] = moved / slope / bandwidth
+        overheads[residual] = max(0.0, few - 8 * slope) / (2 * blocks)
+    # PreNorm's own is in the cost of a block.
+    base = overheads["prenorm"]
+    overheads = {name: max(0.0, value - base) for name, value in overheads.items()}
+    band, latency = 1e12, 0.0
+    if plan.processes > 1:
+        latency = seconds["all-reduce 2"]
+        band = 2**18 * 4 / max(1e-9, seconds[f"all-reduce {2**18}"] - latency)
+    bare = Hardware(
+        name=f"measured, {plan}", matmul=matmul,
+        attention_flops=3.5 * 4 * 128 * (LENGTH + 1) / 2 * TOKENS / seconds["attention 128"],
+        bandwidth=bandwidth, connection_share={"": shares["prenorm"], **shares}, intra_bandwidth=band,
+        inter_bandwidth=band, intra_latency=latency, inter_latency=latency, memory=8e9, devices_per_node=8,
+        connection_overhead={"": 0.0, **overheads}, overlap={},
+        source="measured by benchmarks/plan_validation.py, one thread a process; overlap assumed to be none",
+    )  # fmt: skip
+    # Two unknowns, seconds a block and seconds a step, from two trainings that hardly compute.
+    rows = []
+    for _, count in TINY:
+        config = config_of(16, count, "prenorm", plan_text, 8)
+        none = estimate(config, plan, bare).step
+        one = estimate(config, plan, dataclasses.replace(bare, block_overhead=1.0)).step - none
+        rows.append((one, seconds[f"tiny {count} blocks"] - none))
+    (a1, t1), (a2, t2) = rows
+    block = max(0.0, (t2 - t1) / (a2 - a1))
+    return dataclasses.replace(bare, block_overhead=block, step_overhead=max(0.0, t1 - a1 * block))
+
+
+def predict(plan_text: str, hardware) -> dict:
+    """Estimates of the runs, by name."""
+    from depthmix.parallel.cost import estimate
+    from depthmix.parallel.plan import ParallelPlan
+
+    plan = ParallelPlan.parse(plan_text)
+    return {name: estimate(c, plan, hardware) for name, c in cases(plan_text).items() if "tiny" not in name}
+
+
+def compare(plan_text: str, found: dict) -> dict:
+    """The record of a plan: constants, and every run as predicted and as measured."""
+    seconds = medians(found["seconds"])
+    hardware = hardware_from(plan_text, seconds)
+    runs = []
+    for name, expected in predict(plan_text, hardware).items():
+        measured, held = seconds[name], found["held"][name]
+        values = found["seconds"][name]
+        one = {
+            "name": name, "predicted_s": expected.step, "measured_s": measured,
+            "error": expected.step / measured - 1, "quartiles_s": statistics.quantiles(values, n=4)[::2],
+            "bytes": {
+                kind: {
+                    "predicted": expected.memory[kind],
+                    "measured": max(held, key=lambda h: sum(h.values()))[kind],
+                }
+                for kind in ("parameters", "optimizer")
+            },
+        }  # fmt: skip
+        if "kept" in held[0]:
+            # Without what the loss needs for a moment.
+            moment = TOKENS * VOCAB * 8
+            one["bytes"]["kept for backward"] = {
+                "predicted": expected.memory["activations"] - moment,
+                "measured": held[0]["kept"],
+            }
+        runs.append(one)
+    return {
+        "plan": plan_text or "1 process", "rounds": found["rounds"], "hardware": hardware.to_dict(),
+        "constants_s": {name: value for name, value in seconds.items() if "D=" not in name}, "runs": runs,
+    }  # fmt: skip
+
+
+def ratios(plans: list[dict]) -> list[dict]:
+    """Over PreNorm's run of the same plan and size: what a comparison of connections is about."""
+    found = []
+    for plan in plans:
+        by_name = {run["name"]: run for run in plan["runs"]}
+        for name, run in by_name.items():
+            residual, _, size = name.partition(" ")
+            if residual != "prenorm":
+                base = by_name[f"prenorm {size}"]
+                predicted, measured = (run[k] / base[k] for k in ("predicted_s", "measured_s"))
+                found.append(
+                    {"plan": plan["plan"], "name": name, "predicted": predicted, "measured": measured,
+                     "error": predicted / measured - 1}
+                )  # fmt: skip
+    return found
+
+
+def summary(plans: list[dict]) -> dict:
+    """Medians of absolute relative errors."""
+
+    def middle(values):
+        return statistics.median(abs(v) for v in values)
+
+    over = ratios(plans)
+    kept = [b for p in plans for r in p["runs"] for k, b in r["bytes"].items() if k.startswith("kept")]
+    return {
+        "median_error_step": middle(r["error"] for p in plans for r in p["runs"]),
+        "largest_error_step": max((r["error"] for p in plans for r in p["runs"]), key=abs),
+        "median_error_step_by_plan": {p["plan"]: middle(r["error"] for r in p["runs"]) for p in plans},
+        "median_error_ratio_to_prenorm": middle(r["error"] for r in over),
+        "largest_error_parameter_bytes": max(
+            (
+                b["predicted"] / b["measured"] - 1
+                for p in plans for r in p["runs"] for k, b in r["bytes"].items() if k in ("parameters", "optimizer")
+            ), key=abs,
+        ),
+        "median_error_kept_bytes": middle(b["predicted"] / b["measured"] - 1 for b in kept),
+        "largest_error_kept_bytes": max((b["predicted"] / b["measured"] - 1 for b in kept), key=abs),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--out", default="results/parallel/plan-validation.json", help="the file")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds, at most")
+    parser.add_argument(
+        "--seconds", type=float, default=120, help="of a plan; at least three rounds are made"
+    )
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        return worker(args.worker[0], args.rounds, args.seconds, Path(args.worker[1]))
+
+    import tempfile
+
+    import torch
+
+    from depthmix.bench.machine import machine
+
+    plans = []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        for plan in PLANS:
+            out = Path(folder, "times.json")
+            command = [
+                __file__, "--rounds", str(args.rounds), "--seconds", str(args.seconds), "--worker", plan, str(out)
+            ]  # fmt: skip
+            launch = [sys.executable]
+            if plan:
+                launch += ["-m", "torch.distributed.run", "--nproc-per-node=2"]
+                launch += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+            subprocess.run([*launch, *command], check=True, env=environment, timeout=args.seconds * 20)
+            plans.append(compare(plan, json.loads(out.read_text())))
+            _print(plans[-1])
+            _write(args, plans, machine(torch.device("cpu")))
+    print(json.dumps(summary(plans), indent=2))
+
+
+def _write(args, plans: list[dict], described: dict) -> None:
+    described["threads"] = 1
+    values = {
+        "format": 1,
+        "command": "python " + " ".join(sys.argv),
+        "note": "Other work ran on the same two cores all the time; constants and runs took turns, and every figure is a "
+        "median over the rounds, so slowness common to both cancels, and what varies faster is in the errors.",
+        "machine": described,
+        "tokens": TOKENS,
+        "summary": summary(plans),
+        "plans": plans,
+        "ratios_to_prenorm": ratios(plans),
+    }  # fmt: skip
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(values, indent=1) + "\n")
+
+
+def _print(plan: dict) -> None:
+    print(f"\n{plan['plan']}, {plan['rounds']} rounds")
+    for run in plan["runs"]:
+        print(
+            f"  {run['name']:34} predicted {1e3 * run['predicted_s']:8.1f} ms  measured {1e3 * run['measured_s']:8.1f} ms"
+            f"  {run['error']:+.0%}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
