@@ -372,7 +372,7 @@ def main() -> None:
             if plan:
                 launch += ["-m", "torch.distributed.run", "--nproc-per-node=2"]
                 launch += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-            subprocess.run([*launch, *command], check=True, env=environment, timeout=args.seconds * 20)
+            subprocess.run([*launch, *command], check=True, env=environment, timeout=600 + 10 * args.seconds)
             plans.append(compare(plan, json.loads(out.read_text())))
             _print(plans[-1])
             _write(args, plans, machine(torch.device("cpu")))

@@ -33,6 +33,7 @@ VERBS = {
     "map": "draw how much of every earlier output each sublayer reads (the mixing map)",
     "diagnose": "what networks do in depth: activations, gates, blocks, streams, as one report",
     "bench": "time the operations and a step, each checked against a reference first",
+    "plan": "price a training on many devices: best split, step time, memory of each connection",
     "data": "prepare or inspect training data (data prepare, data inspect)",
     "export": "write the weights of a run or checkpoint to one file for other programs",
     "info": "sizes and costs of a model without building it; --list names the residual connections",
@@ -126,6 +127,7 @@ def _dispatch(argv: list[str]) -> int:
         "map": _map,
         "diagnose": _diagnose,
         "bench": _bench,
+        "plan": _plan,
         "data": _data,
         "export": _export,
         "info": _info,
@@ -328,6 +330,12 @@ def _diagnose(argv: list[str]) -> int:
 
 def _bench(argv: list[str]) -> int:
     from .bench.command import main
+
+    return main(argv)
+
+
+def _plan(argv: list[str]) -> int:
+    from .plan_command import main
 
     return main(argv)
 
