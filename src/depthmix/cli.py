@@ -34,6 +34,7 @@ VERBS = {
     "diagnose": "what networks do in depth: activations, gates, blocks, streams, as one report",
     "bench": "time the operations and a step, each checked against a reference first",
     "plan": "price a training on many devices: best split, step time, memory of each connection",
+    "comm": "count the bytes that cross between processes, beside the formulas",
     "data": "prepare or inspect training data (data prepare, data inspect)",
     "export": "write the weights of a run or checkpoint to one file for other programs",
     "info": "sizes and costs of a model without building it; --list names the residual connections",
@@ -128,6 +129,7 @@ def _dispatch(argv: list[str]) -> int:
         "diagnose": _diagnose,
         "bench": _bench,
         "plan": _plan,
+        "comm": _comm,
         "data": _data,
         "export": _export,
         "info": _info,
@@ -336,6 +338,12 @@ def _bench(argv: list[str]) -> int:
 
 def _plan(argv: list[str]) -> int:
     from .plan_command import main
+
+    return main(argv)
+
+
+def _comm(argv: list[str]) -> int:
+    from .comm_command import main
 
     return main(argv)
 

@@ -146,11 +146,7 @@ def make_plan(args: DepthSweep) -> dict:
 
     The shallow ones come first, as they are the quickest to show something.
     """
-    depths = sorted(_depth(word) for words in args.sublayers for word in words.split(",") if word)
-    if not depths:
-        raise UserError("--sublayers names no depth; give even numbers such as 8,32,96")
-    if len(set(depths)) < len(depths):
-        raise UserError(f"--sublayers names a depth more than once: {', '.join(map(str, depths))}")
+    depths = parse_depths(args.sublayers)
     config = shared_config(args)
     residuals = labels(args.residuals, config.model)
     plan = {
@@ -176,6 +172,16 @@ def make_plan(args: DepthSweep) -> dict:
         "failures": {},
     }
     return json.loads(json.dumps(plan))
+
+
+def parse_depths(words: tuple[str, ...]) -> list[int]:
+    """The depths of ``--sublayers``, ascending. Raises ``UserError`` for none, for odd ones and for one given twice."""
+    depths = sorted(_depth(word) for given in words for word in given.split(",") if word)
+    if not depths:
+        raise UserError("--sublayers names no depth; give even numbers such as 8,32,96")
+    if len(set(depths)) < len(depths):
+        raise UserError(f"--sublayers names a depth more than once: {', '.join(map(str, depths))}")
+    return depths
 
 
 def _depth(word: str) -> int:

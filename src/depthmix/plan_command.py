@@ -118,9 +118,7 @@ def _shape(args: Plan) -> "Shape":
     if args.preset is not None:
         return shape_of(args.preset)
     if args.params is None or args.layers is None:
-        missing = " and ".join(
-            f"--{name}" for name in ("params", "layers") if getattr(args, name) is None
-        )
+        missing = " and ".join(f"--{name}" for name in ("params", "layers") if getattr(args, name) is None)
         raise UserError(
             f"{missing} missing: give --params N --layers L, or --preset with one of {', '.join(SHAPES)}, S, M, L"
         )
@@ -140,9 +138,7 @@ def _job(args: Plan, shape: "Shape", name: str, sequences: int) -> "Job":
     from .parallel.cost import Job
 
     model = shape.model(name, args.seq_len, n_streams=args.n_streams)
-    return Job(
-        shape, model, sequences, args.micro_batch, args.precision, args.checkpointing == "on"
-    )
+    return Job(shape, model, sequences, args.micro_batch, args.precision, args.checkpointing == "on")
 
 
 def _best(args: Plan, job: "Job", hardware: "Hardware") -> "Estimate":
@@ -196,7 +192,9 @@ def _print(args, shape, hardware, sequences, found: dict, reference) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = 200
-    console.print(f"{_title(args, shape)}; {sequences} sequences of {args.seq_len} tokens a step, {args.precision}")
+    console.print(
+        f"{_title(args, shape)}; {sequences} sequences of {args.seq_len} tokens a step, {args.precision}"
+    )
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False, collapse_padding=True)
     table.add_column("residual connection")
     table.add_column("plan")

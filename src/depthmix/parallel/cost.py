@@ -205,7 +205,8 @@ class Estimate:
             "memory_bytes": {**self.memory, "total": self.total_memory},
             "fits": self.fits,
             "sent_bytes": {
-                f"{v.axis} {v.kind} {v.what}" + ("" if v.boundary is None else f" {v.boundary}{v.direction[:1]}"): v.bytes
+                f"{v.axis} {v.kind} {v.what}"
+                + ("" if v.boundary is None else f" {v.boundary}{v.direction[:1]}"): v.bytes
                 for v in self.volumes
             },
         }
@@ -288,7 +289,11 @@ def connection_saved(job: Job) -> float:
     model, s, c = job.model, job.state_bytes, job.compute_bytes
     D, n, name = model.d_model, model.n_streams, model.residual
     if name in MGR:
-        kept = {"store": 2 * n, "replay": 2 * n / model.replay_window, "inversion": 2 * n * model.inversion_top_p}
+        kept = {
+            "store": 2 * n,
+            "replay": 2 * n / model.replay_window,
+            "inversion": 2 * n * model.inversion_top_p,
+        }
         return D * (kept[model.stream_memory] * s + 2 * (c - s))
     return D * {
         **dict.fromkeys(HYPER, 2 * n * s + 2 * c),
@@ -383,7 +388,9 @@ class _Priced:
         if key not in self._sent:
             values = volume.sent_values(model, plan, cut, plan.schedule == "interleaved")
             wide, narrow = self.job.state_bytes, 4 if self.job.precision == "fp32" else 2
-            each = sum(numbers * (narrow if name[0] in ("key", "value") else wide) for name, numbers in values)
+            each = sum(
+                numbers * (narrow if name[0] in ("key", "value") else wide) for name, numbers in values
+            )
             self._sent[key] = each, len(values)
         return self._sent[key]
 
@@ -503,7 +510,14 @@ def _traffic(ranks: _Ranks, choice: _Choice):
         if ranks.last:
             ends = np.zeros(plan.pp)
             ends[[0, ranks.last]] = 1
-            yield "all-reduce", "tied", "gradients", ends * job.shape.vocab * job.model.d_model / fsdp * e, ends, 2
+            yield (
+                "all-reduce",
+                "tied",
+                "gradients",
+                ends * job.shape.vocab * job.model.d_model / fsdp * e,
+                ends,
+                2,
+            )
     if tp * fsdp > 1:  # Muon's matrices, fp32, there and back
         axis = "fsdp" if fsdp > 1 else "tp"
         held = ranks.matrices / (tp * fsdp)
@@ -528,7 +542,9 @@ def _volumes(ranks: _Ranks, choice: _Choice) -> list[Volume]:
     found = []
     for kind, axis, what, sent, calls, group in _traffic(ranks, choice):
         if group > 1 and sent.max() > 0:
-            found.append(Volume(kind, axis, what, round(float(sent.max())), round(float(np.max(calls))), group))
+            found.append(
+                Volume(kind, axis, what, round(float(sent.max())), round(float(np.max(calls))), group)
+            )
     return found
 
 
@@ -712,7 +728,14 @@ CHUNKS = range(2, 9)
 
 @functools.lru_cache(maxsize=16)
 def _candidates(
-    shape: Shape, sequences: int, fixed: int, heads: int, seq_len: int, gpus: int, node: int, again: bool | None
+    shape: Shape,
+    sequences: int,
+    fixed: int,
+    heads: int,
+    seq_len: int,
+    gpus: int,
+    node: int,
+    again: bool | None,
 ) -> tuple[list[_Choice], dict[str, np.ndarray]]:
     found = []
     remat = (False, True) if again is None else (again,)

@@ -76,7 +76,10 @@ def data_parallel(part: nn.Module, world: ManyProcesses, *, always_shard: bool =
         return part
     if plan.dp > 1:
         return nn.parallel.DistributedDataParallel(
-            part, process_group=world.group("dp"), gradient_as_bucket_view=True
+            part,
+            process_group=world.group("dp"),
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,  # tables of constants
         )
     return part
 

@@ -55,6 +55,8 @@ from ..config import GPTConfig, TrainConfig
 from ..errors import UserError
 from .plan import ParallelPlan, cuts, stage_blocks
 
+LARGEST_BATCH = 1 << 26
+"""Numbers of the matrices of one shape that Muon takes at once."""
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "broadcast", "point-to-point")
 
 
@@ -115,7 +117,10 @@ def sent_values(
     if not cache or earlier < 0:
         return crossing
     had = crossing_values(model, where[earlier])
-    known = next((i for i, (a, b) in enumerate(zip(had, crossing, strict=False)) if a != b), min(len(had), len(crossing)))
+    known = next(
+        (i for i, (a, b) in enumerate(zip(had, crossing, strict=False)) if a != b),
+        min(len(had), len(crossing)),
+    )
     return crossing[known:]
 
 
@@ -178,7 +183,9 @@ def _block_outputs(model, sublayer):
     k, p = (model.residual_options.get(name, 1) for name in ("dilation", "period"))
     done, inside = divmod(sublayer, 2)
     # Averages still to be taken: that behind a block, of all X_j in its own phase, is taken behind the cut.
-    phases = {i % k for i in range(done + inside if inside else done, model.n_layer + 1) if i >= 1 and i % p == 0}
+    phases = {
+        i % k for i in range(done + inside if inside else done, model.n_layer + 1) if i >= 1 and i % p == 0
+    }
     wanted = [j for j in range(done + 1) if j % k in phases]
     if inside:  # in the middle of block done + 1: the running sum besides
         return [(("x", sublayer), model.d_model), *((("X", j), model.d_model) for j in wanted)]
@@ -202,6 +209,13 @@ _CROSSINGS = {
     "denseformer": _block_outputs,
     "moda": _memory,
 }
+
+
+def _write_keeps_nothing(model: GPTConfig, sublayer: int) -> bool:
+    """Whether the gradient of a write needs neither the output nor the state: it adds, or puts side by side."""
+    if model.residual.startswith("mgr-"):
+        return sublayer < model.n_streams  # in the ramp
+    return model.residual in ("prenorm", "attnres", "attnres-block", "denseformer")
 
 
 # --- parameters of a stage ------------------------------------------------------------------------
@@ -292,13 +306,18 @@ def _connection_weights_of(text: str):
 # --- a step ---------------------------------------------------------------------------------------
 
 
-def step_volume(config: TrainConfig, plan: ParallelPlan, backend: str | None = None, cache: bool = True) -> list[Volume]:
+def step_volume(
+    config: TrainConfig, plan: ParallelPlan, backend: str | None = None, cache: bool = True
+) -> list[Volume]:
     """Everything that a process sends in one optimiser step, the largest over all processes of each.
 
     ``backend``: ``gloo`` or ``nccl``, which decides how Muon's updates travel; by default that of ``config.device``.
     """
     largest: dict[tuple, Volume] = {}
     for rank in range(plan.processes):
+        place = plan.coordinates(rank)
+        if place["dp"] or place["tp"]:
+            continue  # the first of them have the most
         for volume in process_volume(config, plan, rank, backend, cache):
             key = volume.kind, volume.axis, volume.what, volume.boundary, volume.direction
             known = largest.get(key, volume)
@@ -334,6 +353,7 @@ class _Process:
         yield from self._data()
         yield from self._sequence()
         yield from self._states()
+        yield from self._updates()
         yield from self._scalars()
 
     def _data(self):
@@ -343,7 +363,10 @@ class _Process:
         elif plan.dp > 1:
             numbers = sum(math.prod(w.shape) for stage in self.stages for w in stage.all)
             times = self.micro_batches if self.config.precision == "bf16" and plan.pp == 1 else 1
-            yield Volume("all-reduce", "dp", "gradients", times * numbers * self.size, times, plan.dp)
+            calls = sum(
+                _buckets([math.prod(w.shape) * self.size for w in stage.all]) for stage in self.stages
+            )
+            yield Volume("all-reduce", "dp", "gradients", times * numbers * self.size, times * calls, plan.dp)
 
     def _padded(self, unit) -> int:
         """Numbers of one process of tp, each parameter's rows filled up to a multiple of fsdp."""
@@ -358,7 +381,10 @@ class _Process:
         gathered = reduced = gathers = reductions = 0
         for stage in self.stages:
             for unit in stage.blocks:
-                gathered, gathers = gathered + 2 * M * self._padded(unit), gathers + 2 * M
+                # A forward pass gives a block's parameters back, a backward pass does so at the end of the step alone
+                # where there is a pipeline: whatever follows it then finds them.
+                times = M + 1 if plan.pp > 1 else 2 * M
+                gathered, gathers = gathered + times * self._padded(unit), gathers + times
                 reduced, reductions = reduced + self._padded(unit), reductions + 1
             if stage.rest:
                 times = 1 if plan.pp > 1 else M
@@ -368,7 +394,12 @@ class _Process:
         if plan.fsdp > 1:
             yield Volume("all-gather", "fsdp", "parameters", gathered * self.size, gathers, plan.fsdp)
             yield Volume(
-                "reduce-scatter", "fsdp", "gradients", times * reduced * self.size, times * reductions, plan.fsdp
+                "reduce-scatter",
+                "fsdp",
+                "gradients",
+                times * reduced * self.size,
+                times * reductions,
+                plan.fsdp,
             )
         if plan.dp > 1:
             part = times * reduced * self.size // plan.fsdp
@@ -378,14 +409,50 @@ class _Process:
         plan = self.plan
         if plan.tp == 1:
             return
-        blocks = sum(len(stage.blocks) for stage in self.stages)
-        one = self.tokens * self.model.d_model * self.size
-        calls = self.micro_batches * 4 * blocks  # two sublayers, two passes
-        yield Volume("all-gather", "tp", "sequence", calls * one, calls, plan.tp)
-        yield Volume("reduce-scatter", "tp", "sequence", calls * one, calls, plan.tp)
+        sublayers = 2 * sum(len(stage.blocks) for stage in self.stages)
+        # What a connection splits by heads is fed with the whole sequence too, and sums nothing.
+        fed = sum(w.split is not None for stage in self.stages for w in stage.all) - 2 * sublayers
+        once, again = self.micro_batches, int(self.config.activation_checkpointing)
+        one = self.tokens * self.model.d_model
+        # Norms give the dtype of the states, matrix products under autocast bf16; gradients have their tensor's dtype.
+        normed, product = self.size, 2 if self.config.precision == "autocast" else self.size
+        into, out = once * (sublayers + fed), once * sublayers
+        gathers = (1 + again) * into + out
+        yield Volume(
+            "all-gather",
+            "tp",
+            "sequence",
+            one * ((1 + again) * into * normed + out * product),
+            gathers,
+            plan.tp,
+        )
+        again_out = again * (out - once * self._not_run_again())
+        calls = into + out + again_out
+        yield Volume(
+            "reduce-scatter",
+            "tp",
+            "sequence",
+            one * (into * normed + (out + again_out) * product),
+            calls,
+            plan.tp,
+        )
         whole = [w for stage in self.stages for w in stage.all if w.split is None]
         numbers = sum(self._held(w) for w in whole)
         yield Volume("all-reduce", "tp", "gradients", numbers * 4, 1, plan.tp)
+
+    def _not_run_again(self) -> int:
+        """Blocks that activation checkpointing runs again to their last matrix alone: of what follows nothing is kept."""
+        count = 0
+        for number, stage in zip(self.numbers, self.stages, strict=True):
+            first = stage_blocks(self.model.n_layer, self.plan.stages)[number].start
+            for i in range(first, first + len(stage.blocks)):
+                last = i == self.model.n_layer - 1
+                if i == first + len(stage.blocks) - 1 and not last:  # it ends with a write alone
+                    count += _write_keeps_nothing(self.model, 2 * i + 2)
+                elif self.sharded or self.plan.pp > 1 or last:  # else the next block's norm comes with it
+                    # Every MLP of moda but the last is followed by a projection.
+                    count += self.model.residual == "prenorm" or (self.model.residual == "moda" and last)
+        return count
 
     def _held(self, weight: Weight) -> int:
         """Numbers of ``weight`` that this process holds."""
@@ -401,11 +468,85 @@ class _Process:
                     sent = sent_values(self.model, plan, cut, self.cache)
                     each = boundary_bytes(self.config, plan, cut, self.cache) * self.tokens // plan.tp
                     yield Volume(
-                        "point-to-point", "pp", "state", M * each, M * len(sent), 2, boundary=cut, direction=direction
+                        "point-to-point",
+                        "pp",
+                        "state",
+                        M * each,
+                        M * len(sent),
+                        2,
+                        boundary=cut,
+                        direction=direction,
                     )
         if plan.pp > 1 and self.place["pp"] in (0, (plan.stages - 1) % plan.pp):
             numbers = self._held(Weight((self.model.vocab_size, self.model.d_model)))
             yield Volume("all-reduce", "tied", "gradients", numbers * self.size, 1, 2)
+
+    def _updates(self):
+        """Muon's matrices on their way to one process each and back, shape by shape."""
+        alike: dict[tuple, int] = {}
+        for stage in self.stages:
+            for w in stage.all:
+                if w.muon:
+                    key = w.shape, w.split if self.plan.tp > 1 else None
+                    alike[key] = alike.get(key, 0) + 1
+        found: dict[tuple[str, str], list[int]] = {}
+        for (shape, split), count in alike.items():
+            most = max(1, LARGEST_BATCH // math.prod(shape))
+            for first in range(0, count, most):
+                for kind, axis, numbers in self._moves(min(most, count - first), *shape, split):
+                    total = found.setdefault((kind, axis), [0, 0])
+                    total[0] += numbers * 4
+                    total[1] += 1
+        for (kind, axis), (size, calls) in found.items():
+            yield Volume(kind, axis, "updates", size, calls, getattr(self.plan, axis))
+
+    def _moves(self, k: int, rows: int, cols: int, split: int | None):
+        """``(kind, axis, numbers)`` of each collective for k matrices: torch's DTensor chooses them.
+
+        To divide k matrices among all that hold parts of them, from one sharded axis an all-to-all is enough; from two, or
+        where dp holds copies, everything is gathered and divided without sending. Back, innermost axis first, it is an
+        all-to-all, or a gathering where both axes divide rows and the outer one must come first.
+        """
+        dp, fsdp, tp = self.plan.dp, self.plan.fsdp, self.plan.tp
+        owners = k  # matrices of this process's group, by axis from the outermost
+        groups = {}
+        for axis in ("dp", "tp", "fsdp"):
+            groups[axis] = owners
+            each = -(-owners // getattr(self.plan, axis))
+            owners = max(0, min(each, owners - self.place[axis] * each))
+        high, wide = rows, cols  # of a part under tp alone
+        if split == 0:
+            high //= tp
+        elif split == 1:
+            wide //= tp
+        filled = _up(high, fsdp)
+        each = filled // fsdp
+        mine = max(0, min(each, high - self.place["fsdp"] * each))
+        if tp > 1 and fsdp > 1:
+            yield "all-gather", "fsdp", k * filled * wide
+            yield "all-gather", "tp", k * rows * cols
+            if split == 0:
+                yield "all-gather", "fsdp", _up(groups["fsdp"], fsdp) * rows * cols
+                yield "all-gather", "tp", _up(groups["tp"], tp) * rows * cols
+                mine = high
+            else:
+                yield self._exchange("fsdp", _up(groups["fsdp"], fsdp) * _up(rows, fsdp) * cols)
+                yield self._exchange("tp", _up(groups["tp"], tp) * mine * cols)
+        elif tp > 1 or fsdp > 1:
+            axis, whole = ("tp", rows * cols) if tp > 1 else ("fsdp", filled * cols)
+            if dp > 1:
+                yield "all-gather", axis, k * whole
+            else:
+                yield self._exchange(axis, _up(k, getattr(self.plan, axis)) * whole)
+            yield self._exchange(axis, _up(groups[axis], getattr(self.plan, axis)) * whole)
+        if dp > 1:
+            yield "all-gather", "dp", _up(k, dp) * mine * wide
+
+    def _exchange(self, axis: str, numbers: int):
+        """An all-to-all of ``numbers`` in all; on gloo, for which torch has none, a gathering of everything."""
+        if self.backend == "gloo":
+            return "all-gather", axis, numbers
+        return "all-to-all", axis, numbers // getattr(self.plan, axis)
 
     def _scalars(self):
         plan = self.plan
@@ -418,16 +559,34 @@ class _Process:
         yield Volume("broadcast", "world", "norm", 8, 1, plan.processes)
 
 
-def wire_bytes(volume: Volume) -> float:
+def _buckets(sizes: list[int]) -> int:
+    """All-reduces of DDP for parameters of these bytes: one of 1 MiB, then of 25 MiB each, last parameters first.
+
+    DDP fills them in the order in which gradients come, which may differ from this a little.
+    """
+    count, limit, filled = 0, 1 << 20, 0
+    for size in reversed(sizes):
+        filled += size
+        if filled >= limit:
+            count, limit, filled = count + 1, 25 << 20, 0
+    return count + (filled > 0)
+
+
+def _up(count: int, of: int) -> int:
+    """``count``, or the next multiple of ``of``."""
+    return -(-count // of) * of
+
+
+def wire_bytes(volume: Volume, backend: str = "nccl") -> float:
     """Bytes that one process sends where collectives run as rings of g processes.
 
     (g - 1) / g of the payload for all-gather, reduce-scatter and all-to-all, twice that for all-reduce; all of it
-    point-to-point and for a broadcast.
+    point-to-point and for a broadcast. gloo runs a reduce-scatter as an all-reduce.
     """
     share = (volume.group - 1) / volume.group
     factor = {
         "all-gather": share,
-        "reduce-scatter": share,
+        "reduce-scatter": 2 * share if backend == "gloo" else share,
         "all-to-all": share,
         "all-reduce": 2 * share,
         "broadcast": 1.0,

@@ -8,6 +8,9 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _LINES = ("-", "--", ":")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
+LEAST = 0.1
+"""Percent: what is less, or faster than PreNorm, is drawn here."""
+
 Curves = tuple[list[int], dict[str, list[float | None]]]
 
 
@@ -20,7 +23,7 @@ def png(depth: Curves, stages: Curves, title: str) -> bytes:
         figure.suptitle(title, x=0.01, ha="left", fontsize="large")
         _draw(axes[0], *depth, "blocks", "Best plan of each, at other depths")
         _draw(axes[1], *stages, "pipeline processes (pp)", "The same plan for all, more stages")
-        axes[0].set_ylabel("step over PreNorm's")
+        axes[0].set_ylabel("step longer than PreNorm's by, %")
         _legend(figure, axes)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=150)
@@ -28,17 +31,22 @@ def png(depth: Curves, stages: Curves, title: str) -> bytes:
 
 
 def _draw(ax, xs, lines, label: str, title: str) -> None:
-    from matplotlib.ticker import FixedLocator, NullLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     for i, (name, values) in enumerate(lines.items()):
-        points = [(x, y) for x, y in zip(xs, values, strict=True) if y is not None]
+        points = [(x, max(LEAST, 100 * (y - 1))) for x, y in zip(xs, values, strict=True) if y is not None]
         if points:
             ax.plot(
                 *zip(*points, strict=True), label=name, color=_COLOURS[i % len(_COLOURS)], linewidth=1.5,
                 linestyle=_LINES[i // len(_COLOURS) % len(_LINES)], marker=_MARKERS[i % len(_MARKERS)], markersize=4,
             )  # fmt: skip
-    ax.axhline(1, color=INK, linewidth=1, alpha=0.7, label="prenorm")
     ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    ax.set_ylim(low / 1.3, high * 1.3)
+    ax.yaxis.set_major_locator(FixedLocator([m * 10**k for k in range(-1, 4) for m in (1, 2, 5)]))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    ax.yaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_locator(FixedLocator(xs))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xticklabels([str(x) for x in xs])
