@@ -2,20 +2,20 @@
 
 python benchmarks/plan_validation.py --out results/parallel/plan-validation.json
 
-Five plans, one after the other: 1 process, dp=2, fsdp=2, tp=2, pp=2, each process with one thread, gloo between them. In
-the processes of a plan small operations and trainings take turns for a number of rounds:
+Five plans, one after the other: 1 process, dp=2, fsdp=2, tp=2, pp=2, each process with one thread, gloo between them.
+In the processes of a plan small operations and trainings take turns for a number of rounds:
 
 * *constants*: matrix products, an element-wise pass, attention, an all-reduce, the steps of every connection alone (no
   sublayers), and two trainings so small (D = 16) that they show what a block and a step cost whatever their size;
 * *runs*: trainings of three sizes with four connections, forward, backward, clipping, optimiser.
 
-The median of each constant makes a ``Hardware``, the model predicts each run from it, and the run's median is what it is
-compared with. No constant is fitted to a run.
+The median of each constant makes a ``Hardware``, the model predicts each run from it, and the run's median is what it
+is compared with. No constant is fitted to a run.
 
 Everything is timed twice. *Clock*: between two barriers. *Processor*: seconds that the busiest process was computing,
-which other work on the machine hardly changes; it holds no waiting, so it is compared with the predicted step without its
-bubble. Where more processes want to run than there are cores, the clock measures the others too. Memory: bytes of parameters and optimiser state that a process holds, and
-(1 process) of tensors kept for the backward pass, counted.
+which other work on the machine hardly changes; it holds no waiting, so it is compared with the predicted step without
+its bubble. Where more processes want to run than there are cores, the clock measures the others too. Memory: bytes of
+parameters and optimiser state that a process holds, and (1 process) of tensors kept for the backward pass, counted.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""``depthmix plan``: the best division of a training among many devices, and what each residual connection costs there."""
+"""``depthmix plan``: the best division of a training among many devices, and what each connection costs there."""
 
 import dataclasses
 import json
@@ -22,7 +22,8 @@ class Plan:
     """Price a training on many devices: the best plan of each residual connection, by formula. Nothing is run.
 
     Seconds of a step, its bubble, the communication that nothing hides, and gigabytes a device. Rates of the hardware
-    presets are data sheets times assumed efficiencies; docs/parallel-plan.md says how far such a model is to be trusted.
+    presets are data sheets times assumed efficiencies; docs/parallel-plan.md says how far such a model is to be
+    trusted.
 
     Example: depthmix plan --params 100B --layers 96 --gpus 1024 --hardware h100 --batch-tokens 4M --plot plan.png
     """
@@ -52,7 +53,8 @@ class Plan:
     expert_parallel: int = 1
     """With --parallel: among how many of dp x fsdp processes the experts of a block are divided."""
     micro_batch: int = 0
-    """Sequences of a forward pass of one process. 0: whatever is best (with --parallel, what the plan takes by itself)."""
+    """Sequences of a forward pass of one process. 0: whatever is best (with --parallel, what that
+    plan takes)."""
     checkpointing: Literal["auto", "on", "off"] = "auto"
     """Activation checkpointing; auto takes what is faster of what fits (with --parallel: off where it fits)."""
     out: str | None = None
@@ -161,8 +163,8 @@ def _best(args: Plan, job: "Job", hardware: "Hardware") -> "Estimate":
         part = max(found.memory, key=lambda kind: found.memory[kind])
         raise UserError(
             f"residual {job.model.label}: {plan} needs {found.total_memory / 1e9:.1f} GB a device, "
-            f"{found.memory[part] / 1e9:.1f} of them {part}, and {hardware.name} has {found.available / 1e9:.1f} usable; "
-            f"raise fsdp, tp or pp, or lower --micro-batch"
+            f"{found.memory[part] / 1e9:.1f} of them {part}, and {hardware.name} has "
+            f"{found.available / 1e9:.1f} usable; raise fsdp, tp or pp, or lower --micro-batch"
         )
     return found
 
@@ -199,7 +201,8 @@ def _print(args, shape, hardware, sequences, found: dict, reference) -> None:
     table.add_column("residual connection")
     table.add_column("plan")
     for title in (
-        "micro-\nbatches", "step\ns", "to\nPreNorm", "connection\ns", "bubble", "exposed\ncommunication", "of memory\nGB",
+        "micro-\nbatches", "step\ns", "to\nPreNorm", "connection\ns", "bubble", "exposed\ncommunication",
+        "memory a\ndevice, GB",
     ):  # fmt: skip
         table.add_column(title, justify="right")
     for name, each in found.items():

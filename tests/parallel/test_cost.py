@@ -46,7 +46,8 @@ def job(residual="prenorm", layers=16, width=64, batch=32, vocab=256, micro=1, *
 def simulate(schedule: str, pp: int, M: int, v: int, forward: float, backward: float) -> float:
     """Seconds until the last pass of a pipeline of equal stages ends, by the order in which processes take passes.
 
-    1F1B as Narayanan et al. 2019 and 2021 describe it: warm up, then a forward and a backward pass in turns, then the rest.
+    1F1B as Narayanan et al. 2019 and 2021 describe it: warm up, then a forward and a backward pass in turns, then the
+    rest.
     """
     stages = pp * v
 
@@ -342,7 +343,7 @@ def test_what_does_not_fit_is_named():
         search(big, hardware_of("h100"), 0)
     with pytest.raises(UserError, match="no plan divides 1009 devices"):
         search(big, hardware_of("h100"), 1009)
-    with pytest.raises(UserError, match="unknown hardware 'h10'. Did you mean 'h100'"):
+    with pytest.raises(UserError, match=r"unknown hardware 'h10'\. Did you mean 'h100'"):
         hardware_of("h10")
     with pytest.raises(UserError, match="unknown preset '8B'"):
         shape_of("8B")

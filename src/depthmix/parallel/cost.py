@@ -2,8 +2,8 @@ r"""What a plan costs before it is run: seconds and bytes per device, by formula
 
 A step of one process, with M micro-batches of t tokens (t / tp of them here), pp pipeline processes of v stages each:
 
-.. math:: T = \underbrace{M \max_r p_r}_{\text{work}} + \underbrace{\tfrac1v \bigl(\sum_r p_r - \max_r p_r\bigr)}_{\text{bubble}}
-          + \text{exposed communication of the step} + \text{optimiser} + \text{overhead}
+.. math:: T = \underbrace{M \max_r p_r}_{\text{work}}
+          + \underbrace{\tfrac1v \bigl(\sum_r p_r - \max_r p_r\bigr)}_{\text{bubble}} + \text{exposed communication of the step} + \text{optimiser} + \text{overhead}
 
 :math:`p_r` is the time of one micro-batch, forward and backward, on pipeline process r: matrix products, attention,
 element-wise passes, the connection's passes, and the communication that a block waits for. Equal stages idle for the
@@ -13,44 +13,48 @@ known share :math:`(pp - 1) / (v M + pp - 1)`.
 forwards, 2.5 times that backwards (scores are computed again). Divided by the rates of :class:`Hardware`.
 
 **Element-wise passes** of a block, elements per token: rotation 4 W forwards and backwards, MLP 2 F forwards and 3 F
-backwards; of the loss 24 bytes per entry of the vocabulary, 20 in fp32. Under autocast weights are cast once a micro-batch.
+backwards; of the loss 24 bytes per entry of the vocabulary, 20 in fp32. Under autocast weights are cast once a
+micro-batch.
 
 **The connection's traffic**, elements of D per token and sublayer, forwards / backwards (:func:`connection_traffic`):
 
-=====================  ==================================================================================================
+=====================  =================================================================================================
 ``prenorm``            4 / 4: sum and norm in one pass
 ``mgr-*``              2 n + 2 / 3 n + 3; with replay those of a window of w steps, over w; in the ramp a pool of l + 1
 ``hc*``, ``mhc*``      2 n + 2 / 3 n + 3: the same pass with other coefficients
-``attnres``            k sources read one by one: k + 1 + 2 / 5 k + 5 (each source's gradient is added to the one it has).
-                       In groups of readers (section 4 of its report) k counts once a group, the group's own sources in full
+``attnres``            k sources read one by one: k + 3 / 5 k + 5 (a source's gradient is added to the one it has). In
+                       groups of readers (section 4 of its report) k counts once a group, its own sources in full
 ``attnres-block``      the same with k blocks
 ``highway*, review*``  7 / 10: gate and norm; their matrices count as products
 ``denseformer``        prenorm's; behind block i a sum of k = i + 1 outputs: k + 4 / 5 k + 5
 ``siamese``            15 / 22: two streams, three norms, one by one
-``moda``               prenorm's; attention l reads 2 W numbers of each of l - 1 earlier sublayers, five times that backwards
-=====================  ==================================================================================================
+``moda``               prenorm's; attention l reads 2 W numbers of each of l - 1 sublayers, backwards five times that
+=====================  =================================================================================================
 
-They are the floors of ``depthmix bench`` (:mod:`depthmix.bench.floor`) where that has one; ``Hardware.connection_share``
-says how near to it a machine comes. The state of a pipeline's cut is :func:`depthmix.parallel.volume.crossing_numbers`.
+They are the floors of ``depthmix bench`` (:mod:`depthmix.bench.floor`) where that has one;
+``Hardware.connection_share`` says how near to it a machine comes. What crosses a pipeline's cut is
+:func:`depthmix.parallel.volume.crossing_numbers`.
 
 **Communication** (:func:`volumes`) is what :mod:`depthmix.parallel.volume` counts, in closed form, and takes
 ``calls * ceil(log2 g) * latency + wire_bytes / bandwidth`` in groups of g. Assumed of overlap: gradients of dp hide
 behind ``Hardware.overlap["dp"]`` of the last micro-batch's backward pass, FSDP's gathers and reductions behind that
-share of the block they surround; tensor, expert and pipeline communication is waited for (torch's schedules wait for each
-send and receive), and so are the all-to-alls of Muon.
+share of the block they surround; tensor, expert and pipeline communication is waited for (torch's schedules wait for
+each send and receive), and so are the all-to-alls of Muon.
 
-**Experts.** ``ep`` of the dp x fsdp processes share the experts of each block. Two all-to-alls of ``active`` copies of each
-token forwards and two backwards; experts are balanced, an assumption.
+**Experts.** ``ep`` of the dp x fsdp processes share the experts of each block. Two all-to-alls of ``active`` copies
+of each token forwards and two backwards; experts are balanced, an assumption.
 
-**Optimiser.** Muon: five iterations of ``4 r^2 c + 2 r^3`` operations for a matrix with sides r <= c, whole matrices divided
-among dp x fsdp x tp processes; 14 passes of fp32 over a process's matrices, AdamW 7 over the rest, clipping 3 over all.
+**Optimiser.** Muon: five iterations of ``4 r^2 c + 2 r^3`` operations for a matrix with sides r <= c, whole matrices
+divided among dp x fsdp x tp processes; 14 passes of fp32 over a process's matrices, AdamW 7 over the rest, clipping 3
+over all.
 
-**Memory** of a process: parameters, gradients and states (Muon 1 number, AdamW 2; in bf16 also fp32 masters; gradients are
-fp32 as they add up), FSDP's two gathered blocks, activations of the micro-batches in flight (gpipe M, 1f1b ``min(M, pp -
-r)``, interleaved ``min(v M, 2 (pp - r - 1) + (v - 1) pp + 1)`` stages) and of the loss, receive buffers of the pipeline for all M
-micro-batches (torch allocates them at the start). A block keeps, elements per token: ``2 D`` states, ``2 D`` normed inputs
-(whole sequences under tp), ``7 W`` and ``2 F``; the connection's addition is :func:`connection_saved`. With activation
-checkpointing a block keeps what enters, and one block at a time the rest.
+**Memory** of a process: parameters, gradients and states (Muon 1 number, AdamW 2; in bf16 also fp32 masters;
+gradients are fp32 as they add up), FSDP's two gathered blocks, activations of the micro-batches in flight (gpipe M,
+1f1b ``min(M, pp - r)``, interleaved ``min(v M, 2 (pp - r - 1) + (v - 1) pp + 1)`` stages) and of the loss, receive
+buffers of the pipeline for all M micro-batches (torch allocates them at the start). A block keeps, elements per
+token: ``2 D`` states, ``2 D`` normed inputs (whole sequences under tp), ``7 W`` and ``2 F``; the connection's
+addition is :func:`connection_saved`. With activation checkpointing a block keeps what enters, and one block at a time
+the rest.
 """
 
 import dataclasses
@@ -459,8 +463,8 @@ def check(job: Job, plan: ParallelPlan, ep: int = 1) -> None:
     nested = ep >= 1 and (plan.fsdp % ep == 0 or ep % plan.fsdp == 0)
     if not nested or plan.data_ways % ep or shape.experts % ep:
         raise UserError(
-            f"parallel: ep = {ep} must divide both dp x fsdp = {plan.data_ways} and experts = {shape.experts}, and be a "
-            f"factor or a multiple of fsdp = {plan.fsdp}; choose another ep"
+            f"parallel: ep = {ep} must divide both dp x fsdp = {plan.data_ways} and experts = {shape.experts}, "
+            f"and be a factor or a multiple of fsdp = {plan.fsdp}; choose another ep"
         )
 
 
@@ -794,8 +798,9 @@ def candidates(
 ) -> list[tuple[Job, ParallelPlan, int]]:
     """Every ``(job, plan, ep)`` that :func:`search` looks at, each valid.
 
-    tp within a node, micro-batches of 1, 2, 4, ... 64 sequences where ``job.micro_batch`` leaves the choice, interleaved
-    stages where they divide the blocks equally, up to eight a process, gpipe where there are too few micro-batches for 1f1b.
+    tp within a node, micro-batches of 1, 2, 4, ... 64 sequences where ``job.micro_batch`` leaves the choice,
+    interleaved stages where they divide the blocks equally, up to eight a process, gpipe where there are too few
+    micro-batches for 1f1b.
     """
     found, _ = _candidates_of(job, hardware, gpus, checkpointing)
     return [
@@ -817,8 +822,8 @@ def search(
 ) -> list[Estimate]:
     """The ``keep`` fastest estimates of all :func:`candidates` that fit the memory, fastest first.
 
-    A candidate whose bounds (:func:`_bounds`) show that it is slower than the estimates at hand, or does not fit, is not
-    looked at; this loses none. Ties go to the first in ``(step, str(plan), micro_batch, ep)``.
+    A candidate whose bounds (:func:`_bounds`) show that it is slower than the estimates at hand, or does not fit, is
+    not looked at; this loses none. Ties go to the first in ``(step, str(plan), micro_batch, ep)``.
 
     Raises ``UserError`` where nothing fits, naming what is missing.
     """
@@ -828,8 +833,8 @@ def search(
     if not found:
         raise UserError(
             f"no plan divides {gpus} devices for {job.batch_size} sequences a step, {job.shape.layers} blocks and "
-            f"{job.model.n_head} heads; dp x fsdp must divide the sequences, pp be at most the blocks: change --gpus or "
-            f"--batch-tokens"
+            f"{job.model.n_head} heads; dp x fsdp must divide the sequences, pp be at most the blocks: change "
+            f"--gpus or --batch-tokens"
         )
     priced = _Priced(job, hardware)
     least, needed = _bounds(priced, columns)
@@ -908,6 +913,6 @@ def _why_not(priced: _Priced, found: list[_Choice], needed: np.ndarray, gpus: in
     return (
         f"residual {job.model.label}: nothing fits {gpus} x {hardware.name} with {hardware.memory / 1e9:.0f} GB each "
         f"({hardware.usable:.0%} usable): the leanest of {len(found)} plans, {choice.plan} with micro-batches of "
-        f"{choice.rows}, needs {total / 1e9:.1f} GB, {memory[part] / 1e9:.1f} of them {part}; use more or larger devices, "
-        f"a shorter --seq-len, or a smaller model"
+        f"{choice.rows}, needs {total / 1e9:.1f} GB, {memory[part] / 1e9:.1f} of them {part}; use more or "
+        f"larger devices, a shorter --seq-len, or a smaller model"
     )

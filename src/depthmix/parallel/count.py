@@ -1,13 +1,13 @@
-"""Counts what this process hands to its process groups: every collective and every tensor sent, by kind, axis and cut.
+"""Counts what this process hands to its process groups: every collective and every tensor sent, by kind, axis, cut.
 
 All traffic of ``torch.distributed`` goes through operators of torch's dispatcher (``c10d::*``, and
 ``_c10d_functional::*`` on top of them), also what C++ issues, as DDP's reducer does. :class:`Counter` is a mode of the
-dispatcher and sees each of them with its tensors and its group. An operator that it does not know fails, so nothing is
-left out by silence. What the kernel of the operating system was given for the sockets of this process
-(:func:`socket_bytes`) is a second account that knows nothing of operators.
+dispatcher and sees each of them with its tensors and its group. An operator that it does not know fails, so nothing
+is left out by silence. What the operating system was given for the sockets of this process (:func:`socket_bytes`)
+is a second account, which knows nothing of operators.
 
-As a script, ``torchrun ... -m depthmix.parallel.count CASES OUT``: runs a few optimiser steps of each configuration in
-the JSON file CASES and writes to OUT what every rank sent in one of them.
+As a script, ``torchrun ... -m depthmix.parallel.count CASES OUT``: runs a few optimiser steps of each configuration
+in the JSON file CASES and writes to OUT what every rank sent in one of them.
 """
 
 import contextlib
@@ -18,7 +18,6 @@ import struct
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -28,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..config import TrainConfig
 from .plan import AXES, ParallelPlan
-from .volume import Volume, process_volume
+from .volume import Volume
 
 WARM_UP = 2
 """Steps before the one that is counted: in the first two DDP arranges its buckets anew and says so to the others."""
@@ -216,7 +215,7 @@ def socket_bytes() -> int:
 def count_step(config: TrainConfig, world, *, cache: bool = True, warm_up: int = WARM_UP) -> dict:
     """What this process sends in one optimiser step on random tokens, after ``warm_up`` others.
 
-    Returns ``{"sent": {key: [bytes, calls]}, "socket_bytes": of the step}``. Called by all processes of ``world`` at once.
+    Returns ``{"sent": {key: [bytes, calls]}, "socket_bytes": of the step}``. All processes call it at once.
     """
     from ..model import GPT
     from .engine import build_engine

@@ -19,8 +19,8 @@ class Hardware:
 
     name: str
     matmul: tuple[tuple[int, float], ...]
-    """``(width, FLOP/s)``: what products of ``[tokens, width] x [width, ...]`` reach, not the peak; linear in log(width)
-    between entries, constant outside."""
+    """``(width, FLOP/s)``: what products of ``[tokens, width] x [width, ...]`` reach, not the peak; linear in
+    log(width)     between entries, constant outside."""
     attention_flops: float
     """FLOP/s of causal attention, of the operations that the mask leaves."""
     bandwidth: float
@@ -85,8 +85,8 @@ def measured_from(values: dict) -> Hardware:
 
 
 def _node(name, peak, hbm, memory_gb, intra, inter, source) -> Hardware:
-    # Assumptions, the same for all: half of the peak for products, .35 of it for attention, .8 of the memory's and of the
-    # links' bandwidth; connections at .7 of the bandwidth of element-wise passes.
+    # Assumptions, the same for all: half of the peak for products, .35 of it for attention, .8 of the memory's and of
+    # the links' bandwidth; connections at .7 of the bandwidth of element-wise passes.
     return Hardware(
         name=name,
         matmul=((1024, 0.35 * peak), (4096, 0.5 * peak)),
@@ -100,8 +100,8 @@ def _node(name, peak, hbm, memory_gb, intra, inter, source) -> Hardware:
         memory=memory_gb * 1e9,
         devices_per_node=8,
         source=source
-        + "; assumed, not measured: .5 of the peak for matrix products of width 4096 and more, falling to .35 at 1024, .35 "
-        "for attention, .8 of memory and link bandwidth, connections at .7 of that of memory, latencies, overlap",
+        + "; assumed, not measured: .5 of the peak for matrix products of width 4096 and more, falling to .35 at 1024,
+        .35 " "for attention, .8 of memory and link bandwidth, connections at .7 of that of memory, latencies, overlap",
     )
 
 
@@ -118,8 +118,8 @@ HARDWARE = {
     ),
     "a100": _node(
         "a100", 312e12, 2.039e12, 80, 300e9, 25e9,
-        "NVIDIA A100 80GB SXM data sheet: 312 TFLOP/s bf16 dense, 2.039 TB/s, 80 GB, NVLink 600 GB/s both ways; one 200 "
-        "Gb/s port a GPU",
+        "NVIDIA A100 80GB SXM data sheet: 312 TFLOP/s bf16 dense, 2.039 TB/s, 80 GB, NVLink 600 GB/s both ways; one "
+        "200 Gb/s port a GPU",
     ),
 }  # fmt: skip
 

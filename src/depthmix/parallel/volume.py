@@ -1,44 +1,50 @@
 r"""How many bytes a plan makes the processes exchange in one optimiser step: formulas, nothing is run.
 
-What crosses a pipeline's cut behind sublayer l, in numbers per token (D features, n streams, W the width of all heads):
+What crosses a pipeline's cut behind sublayer l, in numbers per token, for D features, n streams and heads that are W
+wide together:
 
-====================================  ==================================================================================
-``prenorm``, ``highway*``, ``review*``  D
-``mgr-*``                             min(l + 1, n) D
-``hc``, ``hc-static``, ``mhc*``       n D
-``siamese``                           2 D
-``attnres``                           (l + 1) D
-``attnres-block``                     (1 + blocks begun by l) D
-``denseformer``                       D for each output :math:`X_j` that an average behind the cut still reads
-``moda``                              D + 2 W l
-====================================  ==================================================================================
+===========================================  =================================================================
+``prenorm``, ``highway*``, ``review*``       D
+``mgr-*``                                    min(l + 1, n) D
+``hc``, ``hc-static``, ``mhc*``              n D
+``siamese``                                  2 D
+``attnres``                                  (l + 1) D
+``attnres-block``                            (1 + blocks begun by l) D
+``denseformer``                              D for each output :math:`X_j` that an average behind the cut reads
+``moda``                                     D + 2 W l
+===========================================  =================================================================
 
-as a gradient backwards as forwards. Each is written here as the *values* that cross, by name (:func:`crossing_values`), from
-the connection's equations and not from its code, so that counting what does cross tests both. With the interleaved
-schedule's cache, values that the receiving process was sent before under the same name are not sent again.
+and as much backwards, of gradients. Each is written here as the *values* that cross, by name
+(:func:`crossing_values`), from the connection's equations and not from its code, so that counting what does cross tests
+both. With the interleaved schedule's cache, values that the receiving process has by the same name are not sent again.
 
 **Payloads.** ``Volume.bytes`` is what one process hands to the group, or gets from it, in one optimiser step: of an
-all-gather the gathered result, of a reduce-scatter the whole input, of an all-reduce and a broadcast the tensor, of
-all-to-all this process's input, of point-to-point what is sent. :func:`wire_bytes` says what of it a process has to send
-where collectives run as rings.
+all-gather the gathered result, of a reduce-scatter the whole input, of an all-reduce and a broadcast the tensor, of an
+all-to-all this process's input, of point-to-point what is sent. :func:`wire_bytes` says what of it a process has to
+send where collectives run as rings.
 
-What the engine sends, for micro-batches of b rows and T tokens, M of them a step, and k bytes per number:
+**What is sent**, for M micro-batches a step of b rows and T tokens:
 
-===========================  ===========================================================================================
-gradients, dp alone          all-reduce of all of a stage's parameters, once a step
-parameters, fsdp             all-gather of every block's before its forward and again before its backward pass; of what
-                             is in no block once
-gradients, fsdp              reduce-scatter of the same, every micro-batch, once a step under pp; with dp too, all-reduce
-                             of the parts over dp
-sequence, tp                 all-gather and reduce-scatter of b T D numbers for each sublayer, pass and micro-batch,
-                             whatever the residual connection; moda's K, V projections of MLPs: an all-gather forwards,
-                             a reduce-scatter backwards
-gradients, tp                all-reduce of what no matrix is split for: embedding, norms, the connection's own
-state, pp                    point-to-point, each cut, forwards and backwards
-gradients, tied              all-reduce of the embedding's, between the first and the last stage
-updates                      Muon's: each matrix goes whole to one process and comes back
-loss, norm                   scalars
-===========================  ===========================================================================================
+===================  ===================================================================================================
+gradients, dp alone  all-reduce of all of a stage's parameters, once a step; with bf16 every micro-batch, without pp
+parameters, fsdp     all-gather of a block's before its forward and before its backward pass: 2 M times a step. Under pp
+                     M + 1 times: a forward pass gives them back, of the backward passes the last one alone. What is in
+                     no block, once every micro-batch; under pp once a step
+gradients, fsdp      reduce-scatter of the same, every micro-batch; under pp once a step. With dp too, an all-reduce of
+                     the parts over dp
+sequence, tp         all-gather and reduce-scatter of b T D numbers for each sublayer, pass and micro-batch, whatever
+                     the residual connection. moda's projections of what MLPs read: one all-gather forwards, one
+                     reduce-scatter backwards
+gradients, tp        all-reduce of those of parameters that no process has a part of alone: embedding, norms, the
+                     connection's own; once a step
+state, pp            point-to-point, each cut, forwards and backwards
+gradients, tied      all-reduce of the embedding's between the first and the last stage, once a step
+updates              Muon's: each matrix goes whole to one process, and its update comes back
+loss, norm           scalars
+===================  ===================================================================================================
+
+Activation checkpointing repeats what tp sends forwards. What evaluation, checkpoints and the loop's decisions send is
+not part of a step here.
 """
 
 import dataclasses
@@ -67,7 +73,7 @@ class Volume:
     kind: str
     """One of ``KINDS``."""
     axis: str
-    """Among whom: ``dp``, ``fsdp``, ``tp``, ``pp``; ``tied``, the two stages that hold the embedding; ``world``, all."""
+    """Among whom: ``dp``, ``fsdp``, ``tp``, ``pp``; ``tied``, the stages that hold the embedding; ``world``, all."""
     what: str
     """parameters, gradients, sequence, state, updates, norm or loss."""
     bytes: int
@@ -86,7 +92,7 @@ class Volume:
 
 
 def crossing_values(model: GPTConfig, sublayer: int) -> list[tuple[tuple, int]]:
-    """What the sublayers behind ``sublayer`` (1 .. L - 1) read of those before: ``(name, numbers per token)`` of each value.
+    """What is read behind ``sublayer`` (1 .. L - 1) of what was before: ``(name, numbers per token)`` of each value.
 
     Equal names are equal values. Raises ``UserError`` for a connection without a formula.
     """
@@ -108,8 +114,8 @@ def sent_values(
 ) -> list[tuple[tuple, int]]:
     """:func:`crossing_values` of ``cut`` (0 is behind the first stage) without those that the receiver has.
 
-    The process that receives there has run the stage pp - 1 before and was left what crossed behind it. What it has is the
-    common beginning of both lists: what is old comes first.
+    The process that receives there has run the stage pp - 1 before, and has what crossed behind that. Of both lists the
+    common beginning is not sent: what is old comes first.
     """
     where = cuts(model, plan)
     crossing = crossing_values(model, where[cut])
@@ -414,7 +420,7 @@ class _Process:
         fed = sum(w.split is not None for stage in self.stages for w in stage.all) - 2 * sublayers
         once, again = self.micro_batches, int(self.config.activation_checkpointing)
         one = self.tokens * self.model.d_model
-        # Norms give the dtype of the states, matrix products under autocast bf16; gradients have their tensor's dtype.
+        # Norms give the dtype of states, matrix products under autocast bf16; gradients have their tensor's dtype.
         normed, product = self.size, 2 if self.config.precision == "autocast" else self.size
         into, out = once * (sublayers + fed), once * sublayers
         gathers = (1 + again) * into + out
@@ -441,7 +447,7 @@ class _Process:
         yield Volume("all-reduce", "tp", "gradients", numbers * 4, 1, plan.tp)
 
     def _not_run_again(self) -> int:
-        """Blocks that activation checkpointing runs again to their last matrix alone: of what follows nothing is kept."""
+        """Blocks that checkpointing runs again as far as their last matrix alone: of what follows nothing is kept."""
         count = 0
         for number, stage in zip(self.numbers, self.stages, strict=True):
             first = stage_blocks(self.model.n_layer, self.plan.stages)[number].start
@@ -493,19 +499,20 @@ class _Process:
         for (shape, split), count in alike.items():
             most = max(1, LARGEST_BATCH // math.prod(shape))
             for first in range(0, count, most):
-                for kind, axis, numbers in self._moves(min(most, count - first), *shape, split):
+                for kind, axis, numbers, back in self._moves(min(most, count - first), *shape, split):
                     total = found.setdefault((kind, axis), [0, 0])
-                    total[0] += numbers * 4
+                    # fp32 momenta; updates are bf16 on GPUs.
+                    total[0] += numbers * (2 if back and self.backend == "nccl" else 4)
                     total[1] += 1
         for (kind, axis), (size, calls) in found.items():
             yield Volume(kind, axis, "updates", size, calls, getattr(self.plan, axis))
 
     def _moves(self, k: int, rows: int, cols: int, split: int | None):
-        """``(kind, axis, numbers)`` of each collective for k matrices: torch's DTensor chooses them.
+        """``(kind, axis, numbers, whether on the way back)`` of each collective for k matrices: DTensor chooses them.
 
-        To divide k matrices among all that hold parts of them, from one sharded axis an all-to-all is enough; from two, or
-        where dp holds copies, everything is gathered and divided without sending. Back, innermost axis first, it is an
-        all-to-all, or a gathering where both axes divide rows and the outer one must come first.
+        To divide k matrices among all that hold parts of them, an all-to-all is enough where one axis is sharded; where
+        two are, or dp holds copies, everything is gathered and then divided without sending. Back, innermost axis
+        first, it is an all-to-all, or a gathering where both axes divide rows and the outer one must come first.
         """
         dp, fsdp, tp = self.plan.dp, self.plan.fsdp, self.plan.tp
         owners = k  # matrices of this process's group, by axis from the outermost
@@ -523,30 +530,30 @@ class _Process:
         each = filled // fsdp
         mine = max(0, min(each, high - self.place["fsdp"] * each))
         if tp > 1 and fsdp > 1:
-            yield "all-gather", "fsdp", k * filled * wide
-            yield "all-gather", "tp", k * rows * cols
+            yield "all-gather", "fsdp", k * filled * wide, False
+            yield "all-gather", "tp", k * rows * cols, False
             if split == 0:
-                yield "all-gather", "fsdp", _up(groups["fsdp"], fsdp) * rows * cols
-                yield "all-gather", "tp", _up(groups["tp"], tp) * rows * cols
+                yield "all-gather", "fsdp", _up(groups["fsdp"], fsdp) * rows * cols, True
+                yield "all-gather", "tp", _up(groups["tp"], tp) * rows * cols, True
                 mine = high
             else:
-                yield self._exchange("fsdp", _up(groups["fsdp"], fsdp) * _up(rows, fsdp) * cols)
-                yield self._exchange("tp", _up(groups["tp"], tp) * mine * cols)
+                yield self._exchange("fsdp", _up(groups["fsdp"], fsdp) * _up(rows, fsdp) * cols, True)
+                yield self._exchange("tp", _up(groups["tp"], tp) * mine * cols, True)
         elif tp > 1 or fsdp > 1:
             axis, whole = ("tp", rows * cols) if tp > 1 else ("fsdp", filled * cols)
             if dp > 1:
-                yield "all-gather", axis, k * whole
+                yield "all-gather", axis, k * whole, False
             else:
-                yield self._exchange(axis, _up(k, getattr(self.plan, axis)) * whole)
-            yield self._exchange(axis, _up(groups[axis], getattr(self.plan, axis)) * whole)
+                yield self._exchange(axis, _up(k, getattr(self.plan, axis)) * whole, False)
+            yield self._exchange(axis, _up(groups[axis], getattr(self.plan, axis)) * whole, True)
         if dp > 1:
-            yield "all-gather", "dp", _up(k, dp) * mine * wide
+            yield "all-gather", "dp", _up(k, dp) * mine * wide, True
 
-    def _exchange(self, axis: str, numbers: int):
-        """An all-to-all of ``numbers`` in all; on gloo, for which torch has none, a gathering of everything."""
+    def _exchange(self, axis: str, numbers: int, back: bool):
+        """An all-to-all of ``numbers`` in all; on gloo, for which DTensor has none, a gathering of everything."""
         if self.backend == "gloo":
-            return "all-gather", axis, numbers
-        return "all-to-all", axis, numbers // getattr(self.plan, axis)
+            return "all-gather", axis, numbers, back
+        return "all-to-all", axis, numbers // getattr(self.plan, axis), back
 
     def _scalars(self):
         plan = self.plan
