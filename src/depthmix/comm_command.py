@@ -26,8 +26,8 @@ WIDTH, HEADS, TOKENS, VOCABULARY = 16, 4, 16, 64
 class Comm:
     """Count the bytes that cross between processes in one optimiser step, beside what the formulas say.
 
-    Small models run on CPU processes of this machine, four micro-batches a step; a cell is counted = formula, in bytes of
-    the process that has the most. Exits with 1 where one differs, for any process.
+    Small models run on CPU processes of this machine, four micro-batches a step. A cell is counted = formula, in bytes
+    of the process that has the most. Exits with 1 where one differs, for any process.
 
     Example: depthmix comm --residuals prenorm,mgr-competitive --sublayers 8,16 --stages 2,4 --out comm.json
     """
@@ -107,8 +107,8 @@ def make_cases(args: Comm) -> list[TrainConfig]:
                     cases.append(make_case(name, depth, n, plan, args.precision))
     if not cases:
         raise UserError(
-            f"--sublayers {', '.join(map(str, depths))} have too few blocks for the stages; give at least two sublayers "
-            f"for each stage"
+            f"--sublayers {', '.join(map(str, depths))} have fewer blocks than there are stages; give at least two "
+            f"sublayers for each stage"
         )
     return cases
 
@@ -121,11 +121,15 @@ def model_config(residual: str, sublayers: int, n_streams: int) -> GPTConfig:
     )  # fmt: skip
 
 
-def make_case(residual: str, sublayers: int, n_streams: int, plan: str, precision: str = "fp32") -> TrainConfig:
+def make_case(
+    residual: str, sublayers: int, n_streams: int, plan: str, precision: str = "fp32"
+) -> TrainConfig:
     """A run whose processes each have ``MICRO_BATCHES`` micro-batches of one sequence."""
     parsed = ParallelPlan.parse(plan)
     if parsed.processes == 1:
-        raise UserError(f"--parallel {plan!r} is one process, which sends nothing; give dp=2 or another plan of several")
+        raise UserError(
+            f"--parallel {plan!r} is one process, which sends nothing; give dp=2 or another plan of several"
+        )
     return TrainConfig(
         model=model_config(residual, sublayers, n_streams), batch_size=MICRO_BATCHES * parsed.data_ways, micro_batch=1,
         device="cpu", parallel=plan, precision=precision,
@@ -254,7 +258,9 @@ def _record(config: TrainConfig, ranks: list[dict] | None) -> dict[str, Any]:
         "micro_batches": plan.micro_batches(config),
         "tokens_per_micro_batch": plan.micro_batch(config) * config.model.seq_len,
         "cuts": list(cuts(config.model, plan)),
-        "boundary_numbers_per_token": [boundary_numbers(config.model, plan, i) for i in range(plan.stages - 1)],
+        "boundary_numbers_per_token": [
+            boundary_numbers(config.model, plan, i) for i in range(plan.stages - 1)
+        ],
         "traffic": traffic,
         "equal": all(row.get("equal", True) for row in traffic),
         "ring_bytes_of_all_processes": sum(wire_bytes(v, "gloo") for found in volumes for v in found),
@@ -321,7 +327,9 @@ def print_tables(records: list[dict]) -> None:
     if all("counted_bytes" in row for record in records for row in record["traffic"]):
         rows = [row for record in records for row in record["traffic"]]
         differing = sum(not row["equal"] for row in rows)
-        console.print(f"{len(rows)} figures of {len(records)} runs counted, {differing} of them not as the formulas say")
+        console.print(
+            f"{len(rows)} figures of {len(records)} runs counted, {differing} of them not as the formulas say"
+        )
 
 
 def _cells(record: dict) -> dict[str, str]:
