@@ -3,7 +3,8 @@ r"""What a plan costs before it is run: seconds and bytes per device, by formula
 A step of one process, with M micro-batches of t tokens (t / tp of them here), pp pipeline processes of v stages each:
 
 .. math:: T = \underbrace{M \max_r p_r}_{\text{work}}
-          + \underbrace{\tfrac1v \bigl(\sum_r p_r - \max_r p_r\bigr)}_{\text{bubble}} + \text{exposed communication of the step} + \text{optimiser} + \text{overhead}
+          + \underbrace{\tfrac1v \bigl(\sum_r p_r - \max_r p_r\bigr)}_{\text{bubble}}
+          + \text{exposed communication of the step} + \text{optimiser} + \text{overhead}
 
 :math:`p_r` is the time of one micro-batch, forward and backward, on pipeline process r: matrix products, attention,
 element-wise passes, the connection's passes, and the communication that a block waits for. Equal stages idle for the
