@@ -384,10 +384,19 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=120, help="of a plan; at least three rounds are made"
     )
+    parser.add_argument("--again", action="store_true", help="predict again from the constants in the file")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         return worker(args.worker[0], args.rounds, args.seconds, Path(args.worker[1]))
+
+    if args.again:
+        record = again(Path(args.out))
+        Path(args.out).write_text(json.dumps(record, indent=1) + "\n")
+        for plan in record["plans"]:
+            _print(plan)
+        print(json.dumps(record["summary"], indent=2))
+        return None
 
     import tempfile
 
@@ -412,6 +421,29 @@ def main() -> None:
             _print(plans[-1])
             _write(args, plans, machine(torch.device("cpu")))
     print(json.dumps(summary(plans), indent=2))
+
+
+def again(path: Path) -> dict:
+    """The record at ``path`` with predictions made again from its constants."""
+    record = json.loads(path.read_text())
+    for plan in record["plans"]:
+        text = "" if plan["plan"] == "1 process" else plan["plan"]
+        for kind in KINDS:
+            hardware = hardware_from(text, plan["constants_s"][kind])
+            plan["hardware"][kind] = hardware.to_dict()
+            predicted = predict(text, hardware)
+            for run in plan["runs"]:
+                one, expected = run[kind], predicted[run["name"]]
+                one["predicted_s"] = time_of(kind, expected)
+                one["error"] = one["predicted_s"] / one["measured_s"] - 1
+                for part in ("parameters", "optimizer"):
+                    run["bytes"][part]["predicted"] = expected.memory[part]
+                if "kept for backward" in run["bytes"]:
+                    kept = expected.memory["activations"] - TOKENS * VOCAB * 8
+                    run["bytes"]["kept for backward"]["predicted"] = kept
+    record["summary"] = summary(record["plans"])
+    record["ratios_to_prenorm"] = ratios(record["plans"])
+    return record
 
 
 def _write(args, plans: list[dict], described: dict) -> None:

@@ -40,7 +40,7 @@ They are the floors of ``depthmix bench`` (:mod:`depthmix.bench.floor`) where th
 ``calls * ceil(log2 g) * latency + wire_bytes / bandwidth`` in groups of g. Assumed of overlap: gradients of dp hide
 behind ``Hardware.overlap["dp"]`` of the last micro-batch's backward pass, FSDP's gathers and reductions behind that
 share of the block they surround; tensor, expert and pipeline communication is waited for (torch's schedules wait for
-each send and receive), and so are the all-to-alls of Muon.
+each send and receive), and so are the exchanges of Muon's matrices.
 
 **Experts.** ``ep`` of the dp x fsdp processes share the experts of each block. Two all-to-alls of ``active`` copies
 of each token forwards and two backwards; experts are balanced, an assumption.
@@ -50,7 +50,8 @@ divided among dp x fsdp x tp processes; 14 passes of fp32 over a process's matri
 over all.
 
 **Memory** of a process: parameters, gradients and states (Muon 1 number, AdamW 2; in bf16 also fp32 masters;
-gradients are fp32 as they add up), FSDP's two gathered blocks, activations of the micro-batches in flight (gpipe M,
+gradients are fp32 as they add up), what FSDP has gathered (two blocks; under pp all of a process's, which backward
+passes but the last keep), activations of the micro-batches in flight (gpipe M,
 1f1b ``min(M, pp - r)``, interleaved ``min(v M, 2 (pp - r - 1) + (v - 1) pp + 1)`` stages) and of the loss, receive
 buffers of the pipeline for all M micro-batches (torch allocates them at the start). A block keeps, elements per
 token: ``2 D`` states, ``2 D`` normed inputs (whole sequences under tp), ``7 W`` and ``2 F``; the connection's
@@ -95,6 +96,8 @@ class Job:
     precision: str = "bf16"
     activation_checkpointing: bool = False
     compile: bool = False
+    backend: str = "nccl"
+    """What collectives run on: gloo has no all-to-all."""
 
     def __post_init__(self):
         same = self.shape.layers == self.model.n_layer and self.shape.width == self.model.d_model
@@ -117,6 +120,7 @@ class Job:
             config.precision,
             config.activation_checkpointing,
             config.compile,
+            "gloo" if config.device == "cpu" else "nccl",
         )
 
     @property
@@ -432,6 +436,9 @@ class _Ranks:
         if plan.stages > 1:
             self.rest[self.last] += shape.vocab * D
         self.rest[self.last] += D
+        self.gloo = priced.job.backend == "gloo"
+        self.back = 4 if self.gloo else 2
+        """Bytes of a number of Muon's update."""
         self.states = self._states() if plan.stages > 1 else (np.zeros(plan.pp), np.zeros(plan.pp))
 
     def total(self, running: np.ndarray) -> np.ndarray:
@@ -482,10 +489,11 @@ def _traffic(ranks: _Ranks, choice: _Choice):
     moe = job.shape.experts > 1
     times = 1 if plan.pp > 1 else M
     if _apart(plan):
-        gathered, reduced = 2 * M * dense + times * rest, times * (dense + rest)
+        often = M + 1 if plan.pp > 1 else 2 * M
+        gathered, reduced = often * dense + times * rest, times * (dense + rest)
         units = times * (blocks + plan.stages // plan.pp)
         if fsdp > 1:
-            calls = 2 * M * blocks + times
+            calls = often * blocks + times
             yield "all-gather", "fsdp", "parameters", gathered * e, calls, fsdp
             yield "reduce-scatter", "fsdp", "gradients", reduced * e, units, fsdp
         if dp > 1:
@@ -494,7 +502,8 @@ def _traffic(ranks: _Ranks, choice: _Choice):
         often = M if job.precision == "bf16" and plan.pp == 1 else 1
         yield "all-reduce", "dp", "gradients", often * (dense + rest) * e, often + 0 * blocks, dp
     if moe and expert_fsdp > 1:
-        yield "all-gather", "fsdp", "experts", 2 * M * experts * e, 2 * M * blocks, expert_fsdp
+        often = M + 1 if plan.pp > 1 else 2 * M
+        yield "all-gather", "fsdp", "experts", often * experts * e, often * blocks, expert_fsdp
         yield "reduce-scatter", "fsdp", "expert gradients", times * experts * e, times * blocks, expert_fsdp
     if moe and expert_dp > 1:
         yield "all-reduce", "dp", "expert gradients", experts / expert_fsdp * e, 1 + 0 * blocks, expert_dp
@@ -502,7 +511,7 @@ def _traffic(ranks: _Ranks, choice: _Choice):
         copies = 4 * M * blocks * tokens / tp * job.shape.active
         yield "all-to-all", "ep", "tokens", copies * job.model.d_model * job.compute_bytes, 4 * M * blocks, ep
     if tp > 1:
-        calls, one = 4 * M * blocks, float(tokens * job.model.d_model * e)
+        calls, one = (6 if choice.again else 4) * M * blocks, float(tokens * job.model.d_model * e)
         yield "all-gather", "tp", "sequence", calls * one, calls, tp
         yield "reduce-scatter", "tp", "sequence", calls * one, calls, tp
         if job.model.residual == "moda":
@@ -523,20 +532,64 @@ def _traffic(ranks: _Ranks, choice: _Choice):
                 ends,
                 2,
             )
-    if tp * fsdp > 1:  # Muon's matrices, fp32, there and back
-        axis = "fsdp" if fsdp > 1 else "tp"
-        held = ranks.matrices / (tp * fsdp)
-        yield "all-to-all", axis, "updates", 8 * held / dp, 8 + 0 * blocks, tp * fsdp
+    for kind, axis, numbers, each, calls in _updates(ranks):
+        yield kind, axis, "updates", numbers * each, calls, getattr(plan, axis)
+    if moe and expert_fsdp > 1:
+        yield (
+            "all-to-all",
+            "fsdp",
+            "updates",
+            experts / expert_fsdp * (4 + ranks.back),
+            4 + 0 * blocks,
+            expert_fsdp,
+        )
+
+
+def _updates(ranks: _Ranks):
+    """``(kind, axis, numbers, bytes of each, calls)`` of Muon's matrices on their way to one process each and back.
+
+    As the engine has it (:mod:`depthmix.parallel.volume`): momenta in fp32, updates in bf16 on GPUs; an all-to-all
+    where one axis alone shards, else everything is gathered; on gloo always.
+    """
+    plan, P = ranks.plan, ranks.matrices
+    tp, dp, fsdp = plan.tp, plan.dp, plan.fsdp
+    # Matrices of one shape are stacked up to so many numbers.
+    calls = sum(
+        np.ceil(ranks.blocks / max(1, volume.LARGEST_BATCH // (r * c))) for r, c in ranks.priced.shapes
+    )
+
+    def exchange(axis, numbers):
+        if ranks.gloo:
+            return "all-gather", axis, numbers
+        return "all-to-all", axis, numbers / getattr(plan, axis)
+
+    sizes = [r * c for r, c in ranks.priced.shapes]
+    by_rows = P * (sum(sizes[::2]) / sum(sizes))  # qkv and the MLP's first
+    if tp > 1 and fsdp > 1:
+        yield "all-gather", "fsdp", P / tp, 4, calls
+        yield "all-gather", "tp", P, 4, calls
+        yield "all-gather", "fsdp", by_rows / (dp * tp), ranks.back, calls / 2
+        yield "all-gather", "tp", by_rows / dp, ranks.back, calls / 2
+        yield *exchange("fsdp", (P - by_rows) / (dp * tp)), ranks.back, calls / 2
+        yield *exchange("tp", (P - by_rows) / (dp * fsdp)), ranks.back, calls / 2
+    elif tp > 1 or fsdp > 1:
+        axis = "tp" if tp > 1 else "fsdp"
+        yield *(("all-gather", axis, P) if dp > 1 else exchange(axis, P)), 4, calls
+        yield *exchange(axis, P / dp), ranks.back, calls
     if dp > 1:
-        yield "all-gather", "dp", "updates", 4 * ranks.matrices / (tp * fsdp), 4 + 0 * blocks, dp
+        # Of what both axes divide by rows, the part of tp is whole by then.
+        left = P / (tp * fsdp)
+        if tp > 1 and fsdp > 1:
+            left = by_rows / tp + (P - by_rows) / (tp * fsdp)
+        yield "all-gather", "dp", left, ranks.back, calls
 
 
 def volumes(job: Job, plan: ParallelPlan, ep: int = 1) -> list[Volume]:
     """What a process sends in a step, the largest over the pipeline's processes of each.
 
     The closed form of :func:`depthmix.parallel.volume.step_volume` (which rounds shards up to whole rows, and counts
-    parameters that a cut moves to the other side there), with Muon's updates and the all-to-alls of experts, without
-    scalars; all the states that a process sends are one entry.
+    parameters that a cut moves to the other side there), with the all-to-alls of experts and without scalars; all the
+    states that a process sends are one entry.
     """
     check(job, plan, ep)
     priced = _Priced(job, _ANY)
@@ -544,13 +597,15 @@ def volumes(job: Job, plan: ParallelPlan, ep: int = 1) -> list[Volume]:
 
 
 def _volumes(ranks: _Ranks, choice: _Choice) -> list[Volume]:
-    found = []
+    found: dict[tuple, list] = {}
     for kind, axis, what, sent, calls, group in _traffic(ranks, choice):
-        if group > 1 and sent.max() > 0:
-            found.append(
-                Volume(kind, axis, what, round(float(sent.max())), round(float(np.max(calls))), group)
-            )
-    return found
+        one = found.setdefault((kind, axis, what, group), [0.0, 0.0])
+        one[0], one[1] = one[0] + sent, one[1] + calls
+    return [
+        Volume(kind, axis, what, round(float(np.max(sent))), round(float(np.max(calls))), group)
+        for (kind, axis, what, group), (sent, calls) in found.items()
+        if group > 1 and np.max(sent) > 0
+    ]
 
 
 def _choice(job: Job, plan: ParallelPlan, ep: int) -> _Choice:
@@ -617,7 +672,7 @@ def _estimate(ranks: _Ranks, choice: _Choice) -> Estimate:
             at_end["dp"] = at_end["dp"] + np.maximum(0.0, seconds - hidden)
         else:
             at_end[axis] = at_end[axis] + seconds
-    # Half of the gathers before the forward, half before the backward pass.
+    # Half of the gathers are taken to be before the forward, half before the backward pass.
     hides = hardware.overlap.get("fsdp", 0.0)
     ahead, behind = hides * ((1 + again) * forward + written), hides * (backward + read)
     waited["fsdp"] = np.maximum(0.0, gather / 2 - ahead) + np.maximum(0.0, gather / 2 + reduce - behind)
@@ -688,7 +743,9 @@ def _memory(ranks: _Ranks, choice: _Choice) -> dict[str, float]:
     gathered = np.zeros(pp)
     if fsdp > 1:
         block = (ranks.matrices / tp + ranks.in_blocks + ranks.experts / choice.ep / tp) / ranks.blocks
-        gathered = (np.minimum(2, ranks.blocks) * block + ranks.rest) * e
+        # A pipeline's backward passes keep them until the last.
+        at_once = ranks.blocks if pp > 1 else np.minimum(2, ranks.blocks)
+        gathered = (at_once * block + ranks.rest) * e
 
     if plan.stages == 1 or plan.schedule == "1f1b":
         kept_blocks = np.minimum(M, pp - r) * ranks.blocks

@@ -100,8 +100,8 @@ def _node(name, peak, hbm, memory_gb, intra, inter, source) -> Hardware:
         memory=memory_gb * 1e9,
         devices_per_node=8,
         source=source
-        + "; assumed, not measured: .5 of the peak for matrix products of width 4096 and more, falling to .35 "
-        "at 1024, .35 for attention, .8 of memory and link bandwidth, connections at .7 of that of memory, latencies, overlap",
+        + "; assumed, not measured: .5 of the peak for matrix products of width 4096 and more, falling to .35 at 1024, "
+        ".35 for attention, .8 of memory and link bandwidth, connections at .7 of that of memory, latencies, overlap",
     )
 
 
