@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
-from depthmix import GPT, available_residuals
+from depthmix import GPT, available_residuals, cli
 from depthmix.config import GPTConfig, TrainConfig
 from depthmix.errors import UserError
 from depthmix.info import activation_bytes_per_token
@@ -355,6 +356,42 @@ def test_what_does_not_fit_is_named():
         solve(1000, 96)
     with pytest.raises(UserError, match="active = 9 of experts = 8"):
         Shape(1, 64, 1, 64, 64, experts=8, active=9)
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def test_the_command_prints_writes_and_draws(tmp_path, capsys):
+    out, plot = tmp_path / "a/plan.json", tmp_path / "plan.png"
+    words = "plan --preset S --gpus 8 --seq-len 1024 --batch-tokens 512K --residuals prenorm"
+    assert (
+        cli.main([*words.split(), "mgr-competitive:n_streams=8", "--out", str(out), "--plot", str(plot)]) == 0
+    )
+    printed = capsys.readouterr().out
+    assert "mgr-competitive:n_streams=8" in printed and "Not measured: NVIDIA H100" in printed
+    record = json.loads(out.read_text())
+    base, other = record["rows"]
+    assert base["to_prenorm"] == 1 < other["to_prenorm"] == other["step_s"] / base["step_s"]
+    assert record["shape"]["parameters"] == 123_587_328
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--gpus 8", "--params and --layers missing: give --params N --layers L, or --preset with one of 7B"),
+        ("--params 7B", "--layers missing"),
+        ("--params 7X --layers 2", "--params takes a positive number, with K, M, B or T behind it; got '7X'"),
+        ("--preset 7B --layers 3", "--preset 7B has dimensions already"),
+        ("--preset 7B --parallel dp=4", "--parallel dp=4 is for 4 devices and --gpus says 8"),
+        ("--preset 70B --parallel fsdp=8", "fsdp=8 needs .* GB a device, .* usable; raise fsdp, tp or pp"),
+        ("--preset 7B --batch-tokens 1K", "--batch-tokens 1K is less than a sequence of 4096 tokens"),
+        ("--preset 70B --gpus 8", "nothing fits 8 x h100 with 80 GB each"),
+    ],
+)
+def test_the_command_says_what_is_wrong(words, message, capsys):
+    assert cli.main(["plan", *words.split(), "--residuals", "prenorm"]) == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 # --- the record of errors -------------------------------------------------------------------------
