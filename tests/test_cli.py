@@ -65,6 +65,7 @@ HELPS = {
     "generate": ["New tokens at most", "depthmix generate runs/mgr"],
     "bench": ["Numbers of streams", "depthmix bench mgr-step"],
     "watch": ["Seconds between two looks", "depthmix watch runs/mgr"],
+    "plan": ["Tokens of an optimiser step", "depthmix plan --params 100B"],
     "map": ["Tokens that a map is the mean over", "depthmix map runs/prenorm"],
     "info": ["tokens", "depthmix info --preset M"],
 }

@@ -34,6 +34,7 @@ VERBS = {
     "map": "draw how much of every earlier output each sublayer reads (the mixing map)",
     "diagnose": "what networks do in depth: activations, gates, blocks, streams, as one report",
     "bench": "time the operations and a step, each checked against a reference first",
+    "plan": "price a training on many devices: best split, step time, memory of each connection",
     "comm": "count the bytes that cross between processes, beside the formulas",
     "data": "prepare or inspect training data (data prepare, data inspect)",
     "export": "write the weights of a run or checkpoint to one file for other programs",
@@ -142,6 +143,7 @@ def _dispatch(argv: list[str]) -> int:
         "map": _map,
         "diagnose": _diagnose,
         "bench": _bench,
+        "plan": _plan,
         "comm": _comm,
         "data": _data,
         "export": _export,
@@ -355,6 +357,12 @@ def _diagnose(argv: list[str]) -> int:
 
 def _bench(argv: list[str]) -> int:
     from .bench.command import main
+
+    return main(argv)
+
+
+def _plan(argv: list[str]) -> int:
+    from .plan_command import main
 
     return main(argv)
 

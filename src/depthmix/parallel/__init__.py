@@ -6,6 +6,9 @@
 ``shard``          a model on the processes of one stage: tensor and sequence parallel, FSDP2, DDP
 ``pipeline``       a model cut into stages, run by the schedules of ``torch.distributed.pipelining``
 ``engine``         the gradients of one step, whatever the plan
+``shape``          dimensions of models that are priced and not built
+``hardware``       rates of devices and links, measured or assumed
+``cost``           seconds and bytes of a step by formula, and the best plan
 ``checkpoint``     checkpoints that all write together, in the background, and that any number reads
 =================  ================================================================================================
 """
