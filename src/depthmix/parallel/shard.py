@@ -192,6 +192,8 @@ class Layout:
         stride = (rows * cols, cols, 1)
         spread = DTensor.from_local(parts, mesh, here, run_check=False, shape=shape, stride=stride)
         mine = spread.redistribute(placements=owned).to_local()
-        mine = function(mine.contiguous())  # none of them too: what travels back has one dtype on all processes
+        mine = function(
+            mine.contiguous()
+        )  # none of them too: what travels back has one dtype on all processes
         done = DTensor.from_local(mine, mesh, owned, run_check=False, shape=shape, stride=stride)
         return done.redistribute(placements=here).to_local()
