@@ -33,8 +33,8 @@ def environment(tmp_path_factory):
 @pytest.mark.slow
 def test_command_line(environment, tmp_path):
     """In order and in one folder, as a reader would type them."""
-    listed = commands("depthmix ")
-    assert {words[1] for words in listed} == {
+    listed = commands(("depthmix ", "torchrun "))
+    assert {words[1] for words in listed if words[0] == "depthmix"} == {
         "info",
         "train",
         "watch",
@@ -45,10 +45,14 @@ def test_command_line(environment, tmp_path):
         "compare",
         "depth-sweep",
         "bench",
+        "export",
+        "comm",
+        "plan",
     }
+    modules = {"depthmix": "depthmix", "torchrun": "torch.distributed.run"}
     for words in listed:
         ran = subprocess.run(
-            [sys.executable, "-m", "depthmix", *words[1:]],
+            [sys.executable, "-m", modules[words[0]], *words[1:]],
             cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600,
         )  # fmt: skip
         assert ran.returncode == 0, (words, ran.stderr)
@@ -59,6 +63,8 @@ def test_command_line(environment, tmp_path):
     assert (tmp_path / "runs/first-diagnosis/report.html").exists()
     assert (tmp_path / "runs/matched/report.html").exists()
     assert (tmp_path / "runs/depth/depth.html").exists()
+    assert (tmp_path / "runs/four.safetensors").exists()
+    assert (tmp_path / "runs/communication.png").exists()
 
 
 @pytest.mark.parametrize("code", blocks("python"))
@@ -78,7 +84,9 @@ def test_python(code, environment, tmp_path):
 def test_make_targets():
     """make test is what runs this; make demo is the comparison, with options the command line takes."""
     targets = [words[1] for words in commands("make ")]
-    assert targets == ["demo", "test", "test-peers", "test-kernels", "gpu-check"]
+    assert targets == [
+        "demo", "test", "test-peers", "test-kernels", "test-integrations", "test-nodes", "gpu-check",
+    ]  # fmt: skip
     planned = subprocess.run(["make", "-n", *targets], cwd=ROOT, capture_output=True, text=True)
     assert planned.returncode == 0, planned.stderr
     assert "depthmix compare --recipe quick" in planned.stdout and "-m pytest" in planned.stdout
