@@ -100,7 +100,7 @@ CASES = (
 )
 SPECS = [
     *available_residuals(), "attnres-block:blocks=3", "attnres-block:block_size=3", "denseformer:dilation=2",
-    "denseformer:period=2", "mgr-competitive:n_streams=8",
+    "denseformer:period=2", "mgr-competitive:n_streams=8:bias=-3",
 ]  # fmt: skip
 
 
@@ -156,7 +156,7 @@ def total(volumes, **wanted):
 
 def run(parallel, residual="prenorm", n_layer=4, **fields):
     given = {"batch_size": 16, "micro_batch": 2, "device": "cpu", "parallel": parallel, **fields}
-    config = TrainConfig(model=model(residual, n_layer, n_head=2, head_size=4), **given)
+    config = TrainConfig(model=model(residual, n_layer, n_head=4, head_size=2), **given)
     return config, ParallelPlan.parse(parallel)
 
 
