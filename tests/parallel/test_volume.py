@@ -119,7 +119,8 @@ def test_formulas_are_the_tensors_that_models_send(residual):
             assert formula == [x.numel() / rows for x in tensors], (text, cut)
             size = sum(x.numel() * x.element_size() for x in tensors)
             assert boundary_bytes(run, plan, cut) * rows == size
-    # The last plan once more without its cache.
+    # Without the cache, of a shallow one.
+    config = model(residual, 4, 3)
     sent = _sent(config, plan, False, dtype, False)
     for cut, tensors in enumerate(sent):
         assert boundary_numbers(config, plan, cut, cache=False) * rows == sum(x.numel() for x in tensors)
