@@ -294,10 +294,11 @@ def _json(records: list[dict], args: Comm) -> bytes:
         "backend": "gloo",
         "model": {"d_model": args.d_model, "n_head": HEADS, "seq_len": TOKENS, "vocab_size": VOCABULARY},
         "asked": {k: v for k, v in dataclasses.asdict(args).items() if k not in ("out", "plot", "timeout")},
-        "cases": records,
+        "traffic_columns": list(records[0]["traffic"][0]) if records[0]["traffic"] else [],
     }
-    # One case a line.
-    cases = ",\n  ".join(json.dumps(record) for record in data.pop("cases"))
+    # One case a line, its traffic as rows of numbers.
+    records = [record | {"traffic": [list(row.values()) for row in record["traffic"]]} for record in records]
+    cases = ",\n  ".join(json.dumps(record, separators=(",", ":")) for record in records)
     head = json.dumps(data, indent=1).removesuffix("\n}")
     return f'{head},\n "cases": [\n  {cases}\n ]\n}}\n'.encode()
 
