@@ -421,5 +421,5 @@ def test_the_stored_constants_give_the_stored_predictions_and_errors():
         for run in plan["runs"]:
             for kind in ("parameters", "optimizer"):
                 counted = run["bytes"][kind]
-                assert counted["predicted"] == pytest.approx(counted["measured"], rel=2e-3)
+                assert counted["predicted"] == pytest.approx(counted["measured"], rel=5e-3)
     assert script.summary(record["plans"]) == record["summary"]
