@@ -263,7 +263,7 @@ def test_closed_form_of_communication_is_the_count_of_a_plan(residual, text):
         if v.what == "state":
             continue
         if v.what in ("parameters", "gradients"):
-            assert closed[v.axis, v.kind, v.what] == pytest.approx(v.bytes, rel=0.02), v
+            assert closed[v.axis, v.kind, v.what] == pytest.approx(v.bytes, rel=0.03), v
         if v.what == "updates":  # these round matrices up to whole ones a process
             assert closed[v.axis, v.kind, v.what] == pytest.approx(v.bytes, rel=0.3), v
     sequence = [v for v in step_volume(config, plan) if v.what == "sequence" and residual != "moda"]

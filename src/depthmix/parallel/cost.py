@@ -304,8 +304,10 @@ def connection_saved(job: Job) -> float:
             "inversion": 2 * n * model.inversion_top_p,
         }
         return D * (kept[model.stream_memory] * s + 2 * (c - s))
+    # Coefficients of a token, fp32: n (n + 2) before and after what bounds them, and 2 n, for each sublayer.
+    coefficients = 0 if name == "hc-static" else 16 * (n * (n + 2) + n) / D
     return D * {
-        **dict.fromkeys(HYPER, 2 * n * s + 2 * c),
+        **dict.fromkeys(HYPER, 2 * n * s + 2 * c + coefficients),
         **dict.fromkeys(GATES, 8 + 2 * c),
         "attnres": 2 * s,
         "attnres-block": 2 * s,
