@@ -19,7 +19,7 @@ from .errors import EXIT_FAILED, RunError, UserError
 from .parallel.plan import ParallelPlan, cuts
 
 MICRO_BATCHES = 4
-WIDTH, HEADS, TOKENS, VOCABULARY = 16, 4, 16, 64
+HEADS, TOKENS, VOCABULARY = 4, 16, 64
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class Comm:
     """Pipelines of so many stages, one a process; 4 and more also with two a process, interleaved. 0: no pipelines."""
     parallel: tuple[str, ...] = ("dp=2", "fsdp=2", "tp=2", "dp=2,fsdp=2", "fsdp=2,tp=2")
     """Further plans, with spaces between, each as in `depthmix train --parallel`."""
+    d_model: int = 16
+    """Width D of the models, in features; a multiple of 8."""
     precision: str = "fp32"
     """fp32, autocast or bf16, as in `depthmix train`."""
     timeout: float = 1800.0
@@ -96,7 +98,7 @@ def make_cases(args: Comm) -> list[TrainConfig]:
     plans += [str(ParallelPlan.parse(word)) for word in args.parallel if word]
     if not plans:
         raise UserError("no plan is left: give --stages or --parallel")
-    names = labels(args.residuals, model_config("prenorm", depths[0], 4))
+    names = labels(args.residuals, model_config("prenorm", depths[0], 4, args.d_model))
     cases = []
     for plan in dict.fromkeys(plans):
         for depth in depths:
@@ -104,7 +106,7 @@ def make_cases(args: Comm) -> list[TrainConfig]:
                 continue  # as many blocks as stages are needed
             for name in names:
                 for n in streams if _has_streams(name) else streams[:1]:
-                    cases.append(make_case(name, depth, n, plan, args.precision))
+                    cases.append(make_case(name, depth, n, plan, args.precision, args.d_model))
     if not cases:
         raise UserError(
             f"--sublayers {', '.join(map(str, depths))} have fewer blocks than there are stages; give at least two "
@@ -113,16 +115,21 @@ def make_cases(args: Comm) -> list[TrainConfig]:
     return cases
 
 
-def model_config(residual: str, sublayers: int, n_streams: int) -> GPTConfig:
+def model_config(residual: str, sublayers: int, n_streams: int, d_model: int = 16) -> GPTConfig:
     """A small model."""
     return GPTConfig(
-        vocab_size=VOCABULARY, n_layer=sublayers // 2, d_model=WIDTH, n_head=HEADS, seq_len=TOKENS, residual=residual,
+        vocab_size=VOCABULARY, n_layer=sublayers // 2, d_model=d_model, n_head=HEADS, seq_len=TOKENS, residual=residual,
         n_streams=n_streams,
     )  # fmt: skip
 
 
 def make_case(
-    residual: str, sublayers: int, n_streams: int, plan: str, precision: str = "fp32"
+    residual: str,
+    sublayers: int,
+    n_streams: int,
+    plan: str,
+    precision: str = "fp32",
+    d_model: int = 16,
 ) -> TrainConfig:
     """A run whose processes each have ``MICRO_BATCHES`` micro-batches of one sequence."""
     parsed = ParallelPlan.parse(plan)
@@ -131,7 +138,8 @@ def make_case(
             f"--parallel {plan!r} is one process, which sends nothing; give dp=2 or another plan of several"
         )
     return TrainConfig(
-        model=model_config(residual, sublayers, n_streams), batch_size=MICRO_BATCHES * parsed.data_ways, micro_batch=1,
+        model=model_config(residual, sublayers, n_streams, d_model),
+        batch_size=MICRO_BATCHES * parsed.data_ways, micro_batch=1,
         device="cpu", parallel=plan, precision=precision,
     )  # fmt: skip
 
@@ -284,13 +292,13 @@ def _json(records: list[dict], args: Comm) -> bytes:
         "command": "depthmix comm",
         "torch": torch.__version__,
         "backend": "gloo",
-        "model": {"d_model": WIDTH, "n_head": HEADS, "seq_len": TOKENS, "vocab_size": VOCABULARY},
+        "model": {"d_model": args.d_model, "n_head": HEADS, "seq_len": TOKENS, "vocab_size": VOCABULARY},
         "asked": {k: v for k, v in dataclasses.asdict(args).items() if k not in ("out", "plot", "timeout")},
         "cases": records,
     }
     # One case a line.
     cases = ",\n  ".join(json.dumps(record) for record in data.pop("cases"))
-    head = json.dumps(data, indent=1).rstrip("}\n")
+    head = json.dumps(data, indent=1).removesuffix("\n}")
     return f'{head},\n "cases": [\n  {cases}\n ]\n}}\n'.encode()
 
 
@@ -324,6 +332,14 @@ def print_tables(records: list[dict]) -> None:
             row = [record["residual"], str(record["sublayers"]), streams]
             table.add_row(*row, *(found.get(column, "–") for column in columns))
         console.print(table)
+        if "socket_bytes_of_all_processes" in first:
+            carried, rings = (
+                sum(record[f"{name}_bytes_of_all_processes"] for record in mine)
+                for name in ("socket", "ring")
+            )
+            console.print(
+                f"sockets carried {carried:,} bytes, {carried / rings:.3f} times what rings need for these payloads\n"
+            )
     if all("counted_bytes" in row for record in records for row in record["traffic"]):
         rows = [row for record in records for row in record["traffic"]]
         differing = sum(not row["equal"] for row in rows)

@@ -1,13 +1,11 @@
 """What processes do send is what the formulas say, to the byte; and what sockets carry is what was counted."""
 
-import dataclasses
 import json
 
 import pytest
 
 from depthmix import available_residuals, cli
-from depthmix.comm_command import make_case, model_config, run_cases
-from depthmix.config import TrainConfig
+from depthmix.comm_command import make_case, run_cases
 from depthmix.parallel.count import by_key
 from depthmix.parallel.plan import ParallelPlan
 from depthmix.parallel.volume import process_volume, wire_bytes
@@ -65,12 +63,7 @@ def test_counted_is_what_the_formulas_say(processes, cases):
 @pytest.mark.slow
 def test_sockets_carry_what_was_counted():
     """No traffic escapes the count: the operating system was given what rings need for it, and little more."""
-    configs = []
-    for plan in ("pp=2", "dp=2", "fsdp=2"):
-        model = model_config("mgr-competitive", 8, 4)
-        wide = {"d_model": 128, "seq_len": 64, "vocab_size": 256}
-        model = dataclasses.replace(model, **wide)
-        configs.append(TrainConfig(model=model, batch_size=8, micro_batch=1, device="cpu", parallel=plan))
+    configs = [make_case("mgr-competitive", 8, 4, plan, d_model=128) for plan in ("pp=2", "dp=2", "fsdp=2")]
     for config, ranks in zip(configs, run_cases(configs, 2, TIMEOUT_S), strict=True):
         plan = ParallelPlan.parse(config.parallel)
         rings = sum(wire_bytes(v, "gloo") for rank in range(2) for v in process_volume(config, plan, rank))

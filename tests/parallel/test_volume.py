@@ -100,7 +100,7 @@ CASES = (
 )
 SPECS = [
     *available_residuals(), "attnres-block:blocks=3", "attnres-block:block_size=3", "denseformer:dilation=2",
-    "denseformer:period=2", "mgr-competitive:n_streams=8",
+    "denseformer:period=2", "mgr-competitive:n_streams=8:bias=-3",
 ]  # fmt: skip
 
 
@@ -119,7 +119,8 @@ def test_formulas_are_the_tensors_that_models_send(residual):
             assert formula == [x.numel() / rows for x in tensors], (text, cut)
             size = sum(x.numel() * x.element_size() for x in tensors)
             assert boundary_bytes(run, plan, cut) * rows == size
-    # The last plan once more without its cache.
+    # Without the cache, of a shallow one.
+    config = model(residual, 4, 3)
     sent = _sent(config, plan, False, dtype, False)
     for cut, tensors in enumerate(sent):
         assert boundary_numbers(config, plan, cut, cache=False) * rows == sum(x.numel() for x in tensors)
@@ -156,7 +157,7 @@ def total(volumes, **wanted):
 
 def run(parallel, residual="prenorm", n_layer=4, **fields):
     given = {"batch_size": 16, "micro_batch": 2, "device": "cpu", "parallel": parallel, **fields}
-    config = TrainConfig(model=model(residual, n_layer, n_head=2, head_size=4), **given)
+    config = TrainConfig(model=model(residual, n_layer, n_head=4, head_size=2), **given)
     return config, ParallelPlan.parse(parallel)
 
 

@@ -188,25 +188,29 @@ _BYTES_SENT = 200
 """Where ``struct tcp_info`` has ``tcpi_bytes_sent`` (Linux 4.19): payload handed to the network, repeats included."""
 
 
-def socket_bytes() -> int:
-    """Bytes that the TCP sockets of this process have sent since each was made; a closed socket's are lost.
+def socket_bytes() -> dict[str, int]:
+    """Bytes that each TCP socket of this process has sent since it was made, by the system's name of the socket.
 
     Raises ``OSError`` where the system does not count them.
     """
-    total = 0
+    found = {}
     for entry in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError, OSError):
-            if not os.readlink(entry).startswith("socket:"):
-                continue
-            with socket.socket(fileno=os.dup(int(entry.name))) as opened:
-                if opened.type != socket.SOCK_STREAM or opened.family not in (
-                    socket.AF_INET,
-                    socket.AF_INET6,
-                ):
-                    continue
+        try:
+            name = os.readlink(entry)
+        except FileNotFoundError:  # of the listing itself
+            continue
+        if not name.startswith("socket:"):
+            continue
+        with socket.socket(fileno=os.dup(int(entry.name))) as opened:
+            if opened.type == socket.SOCK_STREAM and opened.family in (socket.AF_INET, socket.AF_INET6):
                 info = opened.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 512)
-                total += struct.unpack_from("=Q", info, _BYTES_SENT)[0]
-    return total
+                found[name] = struct.unpack_from("=Q", info, _BYTES_SENT)[0]
+    return found
+
+
+def _sent_since(before: dict[str, int]) -> int:
+    """Of the sockets there are now: those of groups that are gone may have closed in between."""
+    return sum(count - before.get(name, 0) for name, count in socket_bytes().items())
 
 
 # --- a run ----------------------------------------------------------------------------------------
@@ -254,7 +258,7 @@ def count_step(config: TrainConfig, world, *, cache: bool = True, warm_up: int =
                 counter.phase = "update"
             engine.optimizer.step()
     dist.barrier()
-    return {"sent": dict(counter.sent), "socket_bytes": socket_bytes() - before}
+    return {"sent": dict(counter.sent), "socket_bytes": _sent_since(before)}
 
 
 def _pipeline_stages(engine) -> list:
