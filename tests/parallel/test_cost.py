@@ -294,6 +294,15 @@ def test_no_plan_is_better_than_the_one_found(residual, memory):
     assert search(one, hardware, 16)[0].to_dict() == best[0].to_dict()
 
 
+def test_no_division_of_experts_is_better_than_the_one_found():
+    shape = Shape(4, 64, 4, 64, 64, experts=8, active=2)
+    hardware = dataclasses.replace(SLOW, devices_per_node=4)
+    one = Job(shape, shape.model("prenorm", 32), 32)
+    every = [estimate(*pair, hardware, ep) for *pair, ep in candidates(one, hardware, 8)]
+    assert {each.ep for each in every} == {1, 2, 4, 8}
+    assert search(one, hardware, 8)[0].step == min(each.step for each in every)
+
+
 def test_candidates_are_valid_plans_that_use_all_devices():
     moe = SHAPES["100B-moe"]
     one = Job(moe, moe.model("prenorm", 4096), 512)
