@@ -304,8 +304,10 @@ def connection_saved(job: Job) -> float:
             "inversion": 2 * n * model.inversion_top_p,
         }
         return D * (kept[model.stream_memory] * s + 2 * (c - s))
+    # Coefficients of a token, fp32: n (n + 2) before and after what bounds them, and 2 n, for each sublayer.
+    coefficients = 0 if name == "hc-static" else 16 * (n * (n + 2) + n) / D
     return D * {
-        **dict.fromkeys(HYPER, 2 * n * s + 2 * c),
+        **dict.fromkeys(HYPER, 2 * n * s + 2 * c + coefficients),
         **dict.fromkeys(GATES, 8 + 2 * c),
         "attnres": 2 * s,
         "attnres-block": 2 * s,
@@ -921,7 +923,7 @@ def search(
 def _bounds(priced: _Priced, columns: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Of every candidate, seconds that a step takes at least, and bytes that the first pipeline process needs at least.
 
-    Seconds: all work divided equally, the bubble of equal stages, tensor parallelism's collectives, and the optimiser's
+    Seconds: all work divided equally, the bubble of equal stages, the collectives of tp and ep, and the optimiser's
     work divided equally. Bytes: an equal share of parameters, gradients and states, and the activations of the blocks.
     """
     job, hardware = priced.job, priced.hardware
@@ -933,7 +935,15 @@ def _bounds(priced: _Priced, columns: dict[str, np.ndarray]) -> tuple[np.ndarray
     tokens = columns["rows"] * model.seq_len
     each = (1 + again) * (priced.forward[-1] + written) + priced.backward[-1] + read + priced.head
     wire = 8 * shape.layers * (tp - 1) / tp * tokens * model.d_model * job.weight_bytes
-    pace = (tokens / tp * each + wire / hardware.intra_bandwidth) / pp
+    experts_wire = (
+        4 * shape.layers * (ep - 1) / ep * tokens / tp * shape.active * model.d_model * job.compute_bytes
+    )
+    # A group of ep processes that is wider than a node goes out through the ports of its members there.
+    spans = tp * ep > hardware.devices_per_node
+    members = np.maximum(1, np.minimum(ep, hardware.devices_per_node // tp))
+    out = np.minimum(hardware.intra_bandwidth, members * hardware.inter_bandwidth)
+    band = np.where(spans, out, hardware.intra_bandwidth)
+    pace = (tokens / tp * each + wire / hardware.intra_bandwidth + experts_wire / band) / pp
     ways = dp * fsdp * tp * pp
     flops = sum(_muon_flops(*sides) / hardware.matmul_flops(min(sides)) for sides in priced.shapes)
     if shape.experts > 1:
