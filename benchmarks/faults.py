@@ -220,7 +220,7 @@ def heard(job: Torchrun, fault: dict) -> dict:
         if right:
             told += 1
         elif message or "Traceback" in said:
-            wrong.append(said[-600:])
+            wrong.append(said[-600:].replace(str(job.run), "RUN"))
         else:
             silent += 1
     return {"told": told, "silent": silent, "wrong": wrong, "same_step": len(steps) <= 1}

@@ -160,14 +160,14 @@ def train(args, network: Network, work: Path, name: str, cut: bool) -> dict:
         nodes.kill()
     logs = [(work / f"{name}-logs" / f"node-{node}.log").read_text(errors="replace") for node in range(2)]
     lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
-    said = sorted({line for log in logs for line in log.splitlines() if line.startswith("depthmix: rank")})
+    said = {line for log in logs for line in log.splitlines() if line.startswith("depthmix: rank")}
     return events | {
         "statuses": statuses,
         "hang": None in statuses,
         "seconds": time.monotonic() - began,
         "steps": steps_done(run),
         "times_started": max(len(re.findall(r"(?m)^mgr-competitive: .* parameters", log)) for log in logs),
-        "messages": said,
+        "messages": sorted(line.replace(str(run), "RUN") for line in said),
         "metrics": lines,
     }
 
