@@ -42,11 +42,13 @@ CPU = torch.device("cpu")
 NAMES = ("prenorm", "mgr-competitive")
 
 
-def config_of(name: str, **changes) -> TrainConfig:
-    config = preset("quick")
-    return dataclasses.replace(
-        config, model=dataclasses.replace(config.model, residual=name), device="cpu", **changes
-    )
+def config_of(name: str, size: str = "quick") -> TrainConfig:
+    """``xs`` with two sequences of 512 tokens in fp32, so that a step takes seconds."""
+    config = preset(size)
+    changes = {} if size == "quick" else {"batch_size": 2, "micro_batch": 0, "precision": "fp32"}
+    length = config.model.seq_len if size == "quick" else 512
+    model = dataclasses.replace(config.model, residual=name, seq_len=length)
+    return dataclasses.replace(config, model=model, device="cpu", **changes)
 
 
 def step(engine: Engine, inputs: torch.Tensor, targets: torch.Tensor) -> None:
@@ -178,20 +180,21 @@ def fsdp_overhead(rounds: int) -> dict:
         always_shard = True
 
     found = {}
-    for name in NAMES:
-        config = config_of(name)
-        inputs, targets = batch(config)
-        plain = Engine(build_model(config, CPU), config, World(), CPU)
-        world = ManyProcesses(ParallelPlan(), "cpu")
-        wrapped = Wrapped(build_model(config, CPU), config, world, CPU)
-        ours, theirs = [], []
-        for number in range(rounds + 1):
-            theirs.append(timed(step, plain, inputs, targets, times=2))
-            ours.append(timed(step, wrapped, inputs, targets, times=2))
-            if number == 0:
-                ours.clear(), theirs.clear()
-        found[name] = against(ours, theirs)
-        world.close()
+    for size, count in (("quick", rounds), ("xs", max(3, rounds // 3))):
+        for name in NAMES:
+            config = config_of(name, size)
+            inputs, targets = batch(config)
+            plain = Engine(build_model(config, CPU), config, World(), CPU)
+            world = ManyProcesses(ParallelPlan(), "cpu")
+            wrapped = Wrapped(build_model(config, CPU), config, world, CPU)
+            ours, theirs = [], []
+            for number in range(count + 1):
+                theirs.append(timed(step, plain, inputs, targets))
+                ours.append(timed(step, wrapped, inputs, targets))
+                if number == 0:
+                    ours.clear(), theirs.clear()
+            found[f"{size} {name}"] = against(ours, theirs)
+            world.close()
     return found
 
 
