@@ -259,17 +259,19 @@ def test_a_nan_on_one_rank_stops_all_before_the_step_is_applied(base, tmp_path, 
 # --- signals --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rank, do", [(1, "terminate"), (0, "interrupt")])
-def test_a_signal_to_one_rank_stops_all_after_the_same_step(base, undisturbed, tmp_path, rank, do):
-    found = Setup(base, tmp_path, "dp=2")
+@pytest.mark.parametrize(
+    "plan, rank, do", [("dp=2", 1, "terminate"), ("dp=2", 0, "interrupt"), ("dp=4", 3, "terminate")]
+)
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(base, undisturbed, tmp_path, plan, rank, do):
+    found = Setup(base, tmp_path, plan)
     ended = found.go({"rank": rank, "at": "step", "step": 7, "do": do})
-    assert [process.status for process in ended] == [75, 75]
+    assert [process.status for process in ended] == [75] * len(ended)
     for process in ended:
         assert f"after step 7; saved {found.newest()}" in process.said and "Traceback" not in process.said
     assert found.newest().name == "step-00000007"
-    assert [process.status for process in found.go()] == [0, 0]
+    assert [process.status for process in found.go()] == [0] * len(ended)
     assert steps_lost(found) == 0
-    assert_nothing_is_lost(found, undisturbed("dp=2"))
+    assert_nothing_is_lost(found, undisturbed(plan))
 
 
 # --- requests that cannot be met ------------------------------------------------------------------

@@ -78,11 +78,15 @@ def data_parallel(part: nn.Module, world: ManyProcesses, *, always_shard: bool =
         part.blocks_apart = True
         return part
     if plan.dp > 1:
+        # DDP arranges gradients anew after its first step, unless it looks for unused parameters. Where in a bucket a
+        # gradient is decides the order of its sum over three or more processes: arranged anew, a step would have other
+        # bits when it is the first after a restart.
         return nn.parallel.DistributedDataParallel(
             part,
             process_group=world.group("dp"),
             gradient_as_bucket_view=True,
             broadcast_buffers=False,  # tables of constants
+            find_unused_parameters=world.plan.dp > 2,
         )
     return part
 
