@@ -373,6 +373,9 @@ class _Process:
                 _buckets([math.prod(w.shape) * self.size for w in stage.all]) for stage in self.stages
             )
             yield Volume("all-reduce", "dp", "gradients", times * numbers * self.size, times * calls, plan.dp)
+            if plan.dp > 2:  # which parameters were used, a number each
+                used = 4 * sum(len(stage.all) for stage in self.stages)
+                yield Volume("all-reduce", "dp", "gradients", times * used, times * len(self.stages), plan.dp)
 
     def _padded(self, unit) -> int:
         """Numbers of one process of tp, each parameter's rows filled up to a multiple of fsdp."""
@@ -563,7 +566,7 @@ class _Process:
                 yield Volume("all-reduce", axis, "norm", 4 * 8, 1, getattr(plan, axis))
         if plan.pp > 1:
             yield Volume("all-reduce", "pp", "norm", 8, 1, plan.pp)
-        yield Volume("broadcast", "world", "norm", 8, 1, plan.processes)
+        yield Volume("all-reduce", "world", "norm", 8, 1, plan.processes)
 
 
 def _buckets(sizes: list[int]) -> int:
