@@ -265,3 +265,35 @@ def test_cost_of_a_diagnosis_is_that_of_the_file():
     assert f"{seconds['removal']} for block removal on {xs['removal_texts']} of them" in page
     assert f"{seconds['gradients']} for gradients on {xs['gradient_texts']}" in page
     assert f"needs {large['peak_resident_gib']} GiB" in page
+
+
+# --- parallel.md ----------------------------------------------------------------------------------
+
+
+def test_exactness_is_that_of_the_file():
+    words = " ".join(text("parallel.md").split())
+    found = json.loads((ROOT / "results/parallel/exactness.json").read_text())["connections"]
+    others = [off for name, one in found.items() if name != "mhc-lite" for off in one["plans"].values()]
+    loss, weights = (max(off[key] for off in others) for key in ("loss", "weights"))
+    assert (
+        f"by at most {loss:.1e} relative and all weights behind them by {weights:.1e}".replace("e-0", "e-")
+        in words
+    )
+    lite = found["mhc-lite"]
+    worst = max(off["weights"] for off in lite["plans"].values())
+    assert f"weights differ by more, {worst:.1e}".replace("e-0", "e-") in words
+    assert f"differs from itself by {lite['rounding']['weights']:.1e}".replace("e-0", "e-") in words
+
+
+def test_speed_of_many_processes_is_that_of_the_file():
+    words = " ".join(text("parallel.md").split())
+    found = json.loads((ROOT / "benchmarks/results/parallel-speed-cpu.json").read_text())
+    for name in ("prenorm", "mgr-competitive"):
+        assert f"{found['data_parallel'][name]['ratio']:.2f}" in words
+        for size in ("quick", "xs"):
+            assert f"{100 * (found['fsdp_overhead'][f'{size} {name}']['ratio'] - 1):.1f} %" in words
+    assert f"{found['loader']['ratio']:,.0f} times" in words
+    for label in ("dp=2", "fsdp=2", "dp=2 against one process"):
+        assert f"{found['muon'][label]['ratio']:.2f}" in words
+    kept = json.loads((ROOT / "benchmarks/results/checkpoint-async-cpu.json").read_text())
+    assert kept
