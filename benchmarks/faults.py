@@ -307,7 +307,7 @@ def main() -> None:
     parser.add_argument("--faults", type=int, default=30)
     parser.add_argument("--minutes", type=float, default=60, help="no job begins later than that")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--keep", type=Path, help="folder for runs and logs, otherwise temporary")
     args = parser.parse_args()
     began = time.monotonic()
