@@ -116,8 +116,8 @@ def test_long_rows_many_tokens_many_sources(k, N, width, dtype):
     check(pooled(kernels, *arguments), pooled(pool_eager, *arguments), exact, 1e-5)
     arguments = [sources, weight.expand(2, -1), draw(2, N, width, seed=61), draw(2, N, seed=62)]
     exact = pooled_many(pool_eager, *map(widened, arguments))
-    # A weight e^-a has relatively the error that its logit has absolutely, 2^-24 of the logit's size (hundreds here) and
-    # more. How it comes out depends on the processor's vectors, which decide the order of the logit's sum.
+    # A weight e^-a has relatively the error that its logit has absolutely, 2^-24 of the logit's size (hundreds here)
+    # and more. How it comes out depends on the processor's vectors, which decide the order of the logit's sum.
     v = torch.stack(list(sources)).double()
     logits = 0.6 * (v / (v.square().mean(-1, keepdim=True) + 1e-6).sqrt()) @ weight.double()
     floor = max(1e-5, 2.0**-24 * logits.abs().max().item())
