@@ -7,6 +7,7 @@ Run, on two processes of a CPU::
 ``lightning-fabric`` is Fabric alone. Who has the whole of Lightning writes ``from lightning.fabric import Fabric``.
 """
 
+import torch.distributed as dist
 from lightning_fabric import Fabric
 from plain import CLIP, make_data, make_model, make_optimizer, options, report
 
@@ -28,6 +29,8 @@ def main() -> None:
         losses.append(fabric.all_reduce(loss.detach(), reduce_op="mean").item())
     if fabric.is_global_zero:
         report(losses, args.out, fabric.world_size)
+    if dist.is_initialized():  # Fabric leaves its group to the interpreter's end, which gloo's threads may outlive
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
