@@ -29,7 +29,9 @@ def main() -> None:
         losses.append(fabric.all_reduce(loss.detach(), reduce_op="mean").item())
     if fabric.is_global_zero:
         report(losses, args.out, fabric.world_size)
-    if dist.is_initialized():  # Fabric leaves its group to the interpreter's end, which gloo's threads may outlive
+    if (
+        dist.is_initialized()
+    ):  # Fabric leaves its group to the interpreter's end, which gloo's threads may outlive
         dist.destroy_process_group()
 
 
