@@ -466,7 +466,7 @@ def _apart(plan: ParallelPlan) -> bool:
 
 def check(job: Job, plan: ParallelPlan, ep: int = 1) -> None:
     """Raise ``UserError`` for a plan that cannot run this job."""
-    plan.check(job)  # type: ignore[arg-type]
+    plan.check(job)
     shape = job.shape
     if shape.ffn % plan.tp:
         raise UserError(f"parallel: tp = {plan.tp} must divide the hidden features of an MLP, {shape.ffn}")

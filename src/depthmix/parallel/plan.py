@@ -22,6 +22,7 @@ from ..errors import UserError, suggest
 
 if TYPE_CHECKING:
     from ..config import GPTConfig, TrainConfig
+    from .cost import Job
 
 AXES = ("pp", "dp", "fsdp", "tp")
 """From the slowest changing to the fastest, in the order of ranks."""
@@ -119,8 +120,8 @@ class ParallelPlan:
                 f"--nproc-per-node={self.processes} or change --parallel"
             )
 
-    def check(self, config: "TrainConfig") -> None:
-        """Raise ``UserError`` for a model or a batch that cannot be divided so."""
+    def check(self, config: "TrainConfig | Job") -> None:
+        """Raise ``UserError`` for a model or a batch that cannot be divided so; a job to be priced has the same fields."""
         model, ways = config.model, self.data_ways
         if config.batch_size % ways:
             raise UserError(
