@@ -121,7 +121,7 @@ class ParallelPlan:
             )
 
     def check(self, config: "TrainConfig | Job") -> None:
-        """Raise ``UserError`` for a model or a batch that cannot be divided so; a job to be priced has the same fields."""
+        """Raise ``UserError`` for a model or a batch that cannot be divided so; a priced job has the same fields."""
         model, ways = config.model, self.data_ways
         if config.batch_size % ways:
             raise UserError(
