@@ -297,3 +297,10 @@ def test_speed_of_many_processes_is_that_of_the_file():
         assert f"{found['muon'][label]['ratio']:.2f}" in words
     kept = json.loads((ROOT / "benchmarks/results/checkpoint-async-cpu.json").read_text())
     assert f"for {100 * kept['ratio']:.0f} % of the time that writing takes" in words
+
+
+def test_counts_of_communication_are_those_of_the_file():
+    cases = json.loads((ROOT / "results/parallel/comm.json").read_text())["cases"]
+    assert all(case["equal"] for case in cases)
+    figures = sum(len(case["traffic"]) for case in cases)
+    assert f"{figures:,} figures of {len(cases)} runs" in " ".join(text("parallel-communication.md").split())
