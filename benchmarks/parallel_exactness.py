@@ -23,9 +23,10 @@ NAMES = (
     "prenorm", "mgr-independent", "mgr-competitive", "attnres", "attnres-block:blocks=3", "hc", "mhc", "mhc-lite",
 )  # fmt: skip
 PLANS = (
-    "dp=4", "fsdp=4", "dp=2,fsdp=2", "tp=2,dp=2", "tp=2,fsdp=2", "tp=4", "pp=4,schedule=gpipe", "pp=4",
-    "pp=2,schedule=interleaved,stages=4,dp=2", "pp=2,schedule=gpipe,fsdp=2", "pp=2,fsdp=2",
-    "pp=2,schedule=interleaved,stages=4,fsdp=2", "pp=2,tp=2", "pp=2,schedule=interleaved,stages=4,tp=2",
+    "dp=4", "fsdp=4,unit=0", "dp=2,fsdp=2,unit=0", "tp=2,dp=2,unit=0", "tp=2,fsdp=2,unit=0", "tp=4",
+    "pp=4,schedule=gpipe", "pp=4", "pp=2,schedule=interleaved,stages=4,dp=2", "pp=2,schedule=gpipe,fsdp=2",
+    "pp=2,fsdp=2,unit=0", "pp=2,schedule=interleaved,stages=4,fsdp=2,unit=0", "pp=2,tp=2",
+    "pp=2,schedule=interleaved,stages=4,tp=2", "fsdp=4",
 )  # fmt: skip
 MEMORY = ({"stream_memory": "store"}, {"stream_memory": "inversion"})
 
@@ -33,7 +34,7 @@ MEMORY = ({"stream_memory": "store"}, {"stream_memory": "inversion"})
 def cases_of(name: str) -> dict[str, dict]:
     """Case by label."""
     cases = {plan: {"parallel": plan, "model": {"residual": name}} for plan in PLANS}
-    for plan in ("tp=2,fsdp=2", "pp=2,schedule=interleaved,stages=4,fsdp=2"):
+    for plan in ("tp=2,fsdp=2,unit=0", "pp=2,schedule=interleaved,stages=4,fsdp=2,unit=0"):
         cases[f"{plan} checkpointing"] = {**cases[plan], "run": {"activation_checkpointing": True}}
         for memory in MEMORY if name.startswith("mgr") else ():
             label = f"{plan} {memory['stream_memory']}"

@@ -136,22 +136,23 @@ def muon(label: str, engine: ShardedEngine, alone: Engine | None, rounds: int) -
 
     layout = engine.optimizer.layout
 
-    def repeat(parts, like, function):
+    def repeat(parts, like, function, dtype):
         """Every process gathers every matrix and computes it."""
-        from torch.distributed.tensor import DTensor, Replicate, Shard
+        from torch.distributed.tensor import DTensor, Replicate
 
-        if not isinstance(like, DTensor):
+        if not isinstance(like[0], DTensor):
             return function(parts)
-        mesh, here = like.device_mesh, [Shard(p.dim + 1) for p in like.placements]
-        shape = torch.Size((len(parts), *like.shape))
-        stride = like.shape.numel(), like.shape[1], 1
-        spread = DTensor.from_local(parts, mesh, here, run_check=False, shape=shape, stride=stride)
-        whole = function(spread.full_tensor())
-        return (
-            DTensor.from_local(whole, mesh, [Replicate()], run_check=False)
-            .redistribute(placements=here)
-            .to_local()
+        given = list(zip(parts, like, strict=True))
+        whole = function(
+            [
+                DTensor.from_local(
+                    x, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+                ).full_tensor()
+                for x, p in given
+            ]
         )
+        copies = [DTensor.from_local(x, like[0].device_mesh, [Replicate()], run_check=False) for x in whole]
+        return [x.redistribute(placements=p.placements).to_local() for x, p in zip(copies, like, strict=True)]
 
     divided, repeated, one = [], [], []
     for number in range(rounds + 1):

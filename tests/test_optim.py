@@ -188,7 +188,7 @@ def test_a_stack_of_matrices_is_stepped_as_each_alone(monkeypatch):
             give_gradients(model.parameters(), step)
         optimizers[0].step()
         with monkeypatch.context() as patch:
-            patch.setattr("depthmix.optim._BATCH_ELEMENTS", 1)
+            patch.setattr("depthmix.optim.BATCH_ELEMENTS", 1)
             optimizers[1].step()
     for a, b in zip(together.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

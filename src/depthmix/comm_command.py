@@ -41,8 +41,9 @@ class Comm:
     """Numbers of streams n, with commas or spaces between, for the connections that have streams."""
     stages: tuple[str, ...] = ("2", "4")
     """Pipelines of so many stages, one a process; 4 and more also with two a process, interleaved. 0: no pipelines."""
-    parallel: tuple[str, ...] = ("dp=2", "fsdp=2", "tp=2", "dp=2,fsdp=2", "fsdp=2,tp=2")
-    """Further plans, with spaces between, each as in `depthmix train --parallel`."""
+    parallel: tuple[str, ...] = ("dp=2", "fsdp=2,unit=0", "tp=2", "dp=2,fsdp=2,unit=0", "fsdp=2,tp=2,unit=0")
+    """Further plans, with spaces between, each as in `depthmix train --parallel`. unit=0 shards these small models as
+    large ones are, block by block."""
     d_model: int = 16
     """Width D of the models, in features; a multiple of 8."""
     precision: str = "fp32"

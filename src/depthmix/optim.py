@@ -48,9 +48,9 @@ POLAR_EXPRESS: Coefficients = (
     _OPTIMAL[-1],
 )
 
-# Matrices are stacked up to this many elements at once, so that the working memory of a large
+# A process takes matrices up to this many elements at once, so that the working memory of a large
 # model's step stays a fraction of its weights.
-_BATCH_ELEMENTS = 1 << 26
+BATCH_ELEMENTS = 1 << 26
 
 
 @torch.no_grad()
@@ -283,8 +283,10 @@ class MuonAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             stepped = [p for p in group["params"] if self._weight(p).grad is not None]
             if group["kind"] == "muon":
-                for batch in _batches_of_one_shape(stepped):
-                    self._step_muon(batch, group)
+                most = BATCH_ELEMENTS if self.layout is None else self.layout.batch_elements(BATCH_ELEMENTS)
+                keys = [(tuple(p.shape), str(getattr(p, "placements", ""))) for p in stepped]
+                for batch in matrix_batches(keys, most):
+                    self._step_muon([stepped[i] for i in batch], group)
             elif stepped:
                 self._step_adamw(stepped, group)
             low_precision = [p for p in stepped if "master" in self.state[p]]
@@ -297,7 +299,6 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _step_muon(self, batch: list[nn.Parameter], group: dict) -> None:
         weights = [self._weight(p) for p in batch]
-        rows, cols = weights[0].shape
         gradients = [_local(w.grad) for w in weights]
         momenta = [_local(self.state[p]["momentum"]) for p in batch]
         weights = [_local(w.detach()) for w in weights]
@@ -306,16 +307,35 @@ class MuonAdamW(torch.optim.Optimizer):
         on_cuda = weights[0].device.type == "cuda"
         dtype = self.dtype or (torch.bfloat16 if on_cuda else weights[0].dtype)
 
-        def polar(matrices: Tensor) -> Tensor:
-            return polar_express(matrices, self.coefficients, margin=self.margin, dtype=dtype)
+        def polar(matrices: list[Tensor]) -> list[Tensor]:
+            return self._polar(matrices, dtype)
 
-        stacked = torch.stack(nesterov)
-        updates = (
-            polar(stacked) if self.layout is None else self.layout.whole_matrices(stacked, batch[0], polar)
-        )
+        if self.layout is None:
+            updates = polar(nesterov)
+        else:
+            updates = self.layout.whole_matrices(nesterov, batch, polar, dtype)
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-        scale = max(1, rows / cols) ** 0.5
-        torch._foreach_add_(weights, list(updates.to(weights[0].dtype)), alpha=-group["lr"] * scale)
+        by_scale: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+        for parameter, weight, update in zip(batch, weights, updates, strict=True):
+            rows, cols = parameter.shape
+            stepped, steps = by_scale.setdefault(max(1, rows / cols) ** 0.5, ([], []))
+            stepped.append(weight)
+            steps.append(update.to(weight.dtype))
+        for scale, (stepped, steps) in by_scale.items():
+            torch._foreach_add_(stepped, steps, alpha=-group["lr"] * scale)
+
+    def _polar(self, matrices: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """Of each matrix; those of one shape in one go."""
+        alike: dict[torch.Size, list[int]] = {}
+        for i, matrix in enumerate(matrices):
+            alike.setdefault(matrix.shape, []).append(i)
+        found = list(matrices)
+        for places in alike.values():
+            stacked = torch.stack([matrices[i] for i in places])
+            factors = polar_express(stacked, self.coefficients, margin=self.margin, dtype=dtype)
+            for i, factor in zip(places, factors, strict=True):
+                found[i] = factor
+        return found
 
     def _step_adamw(self, parameters: list[nn.Parameter], group: dict) -> None:
         weights = [self._weight(p) for p in parameters]
@@ -342,16 +362,20 @@ def _local(x: Tensor) -> Tensor:
     return x.to_local() if hasattr(x, "to_local") else x
 
 
-def _batches_of_one_shape(parameters: list[nn.Parameter]):
-    """Lists of parameters of one shape, spread over processes in one way, with at most ``_BATCH_ELEMENTS`` elements."""
-    by_shape: dict[tuple, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        key = parameter.shape, getattr(parameter, "placements", None)
-        by_shape.setdefault(key, []).append(parameter)
-    for (shape, _), alike in by_shape.items():
-        size = max(1, _BATCH_ELEMENTS // shape.numel())
-        for first in range(0, len(alike), size):
-            yield alike[first : first + size]
+def matrix_batches(keys: Sequence[tuple[tuple[int, int], object]], most: int) -> list[list[int]]:
+    """Which matrices Muon takes at once: places in ``keys``, at most ``most`` numbers together, or one matrix.
+
+    ``keys``: ``(shape, whatever else must come together)`` of each; equal keys stay together as far as they can.
+    """
+    found, size = [], most
+    for i in sorted(range(len(keys)), key=lambda i: keys[i]):
+        rows, cols = keys[i][0]
+        size += rows * cols
+        if size > most:
+            found.append([])
+            size = rows * cols
+        found[-1].append(i)
+    return found
 
 
 def build_optimizer(

@@ -20,7 +20,9 @@ def cases_of_two():
     cases += [
         make_case(name, 4, 3, "tp=2") for name in ("prenorm", "mgr-competitive", "mhc", "attnres", "moda")
     ]
-    cases += [make_case("mgr-review", 4, 2, plan, "bf16") for plan in ("dp=2", "fsdp=2", "pp=2")]
+    cases += [make_case("mgr-review", 4, 2, plan, "bf16") for plan in ("dp=2", "fsdp=2,unit=0", "pp=2")]
+    # Of 8 small blocks, four units of two.
+    cases += [make_case("mgr-competitive", 16, 2, "fsdp=2,unit=1", d_model=128)]
     cases += [
         make_case(name, 4, 2, plan, "autocast") for name in ("siamese", "moda") for plan in ("tp=2", "pp=2")
     ]
@@ -29,7 +31,10 @@ def cases_of_two():
 
 def cases_of_four():
     """Axes together, where traffic of one goes on within the other."""
-    plans = ("dp=2,fsdp=2", "fsdp=2,tp=2", "dp=2,pp=2", "fsdp=2,pp=2", "tp=2,pp=2", "pp=4", "fsdp=4", "dp=4")
+    plans = (
+        "dp=2,fsdp=2,unit=0", "fsdp=2,tp=2,unit=0", "dp=2,tp=2", "dp=2,pp=2", "fsdp=2,pp=2,unit=0", "fsdp=2,pp=2",
+        "tp=2,pp=2", "pp=4", "fsdp=4", "dp=4",
+    )  # fmt: skip
     return [make_case("mgr-competitive", 10, 3, plan) for plan in plans]
 
 

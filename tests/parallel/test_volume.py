@@ -8,7 +8,8 @@ from depthmix import available_residuals
 from depthmix.config import GPTConfig, TrainConfig
 from depthmix.errors import UserError
 from depthmix.parallel.pipeline import crossing_examples
-from depthmix.parallel.plan import ParallelPlan
+from depthmix.parallel.plan import ParallelPlan, units
+from depthmix.parallel.updates import owners
 from depthmix.parallel.volume import (
     Volume,
     boundary_bytes,
@@ -165,8 +166,11 @@ def test_a_step_of_prenorm_by_hand():
     # Of a block: two norms of 8, matrices of 24 x 8, 8 x 8, 32 x 8, 8 x 32. Besides: embedding 16 x 8, a norm.
     block, rest = 16 + 192 + 64 + 256 + 256, 128 + 8
     assert total(step_volume(*run("dp=2")), what="gradients") == 4 * (4 * block + rest)
-    sharded = step_volume(*run("fsdp=4"))  # 4 sequences, 2 micro-batches
+    sharded = step_volume(*run("fsdp=4,unit=0"))  # 4 sequences, 2 micro-batches
     assert total(sharded, kind="all-gather", what="parameters") == 4 * 2 * (2 * 4 * block + rest)
+    together = step_volume(*run("fsdp=4"))  # small blocks stay gathered
+    assert total(together, kind="all-gather", what="parameters") == 4 * 2 * (4 * block + rest)
+    assert total(together, kind="reduce-scatter") == 4 * 2 * (4 * block + rest)
     assert total(sharded, kind="reduce-scatter") == 4 * 2 * (4 * block + rest)
     both = step_volume(*run("dp=2,fsdp=2"))  # likewise
     assert total(both, kind="all-reduce", axis="dp") == 4 * 2 * (4 * block + rest) // 2
@@ -183,14 +187,56 @@ def test_a_step_of_prenorm_by_hand():
 
 
 def test_muons_updates_by_hand():
-    # Matrices of four shapes, four of each, 768 numbers a block; three processes get 2, 1 and 1 of each shape.
-    spread = step_volume(*run("dp=3", batch_size=6))
-    assert [(v.kind, v.bytes) for v in spread if v.what == "updates"] == [("all-gather", 4 * 6 * 768)]
-    # There and back, on gloo by gathering everything, else each process's part of it.
-    gathered = [v for v in step_volume(*run("fsdp=4"), backend="gloo") if v.what == "updates"]
-    assert [(v.kind, v.bytes, v.calls) for v in gathered] == [("all-gather", 2 * 4 * 4 * 768, 8)]
-    exchanged = [v for v in step_volume(*run("fsdp=4"), backend="nccl") if v.what == "updates"]
-    assert [(v.kind, v.bytes, v.calls) for v in exchanged] == [("all-to-all", (4 + 2) * 768, 8)]  # bf16 back
+    def updates(parallel, backend=None, **fields):
+        volumes = step_volume(*run(parallel, **fields), backend=backend)
+        return {(v.kind, v.axis): (v.bytes, v.calls) for v in volumes if v.what == "updates"}
+
+    # Matrices of four shapes, four of each, 768 numbers a block. Three processes get 3, 3 and 2 of the eight that cost
+    # most (256 numbers), 1, 1 and 2 of 192 and of 64: 1024 numbers each.
+    assert updates("dp=3", batch_size=6) == {("all-gather", "dp"): (4 * 3 * 1024, 1)}
+    # There and back, a quarter of everything each time; bf16 back on GPUs.
+    assert updates("fsdp=4", "gloo") == {("all-to-all", "fsdp"): ((4 + 4) * 768, 2)}
+    assert updates("fsdp=4", "nccl") == {("all-to-all", "fsdp"): ((4 + 2) * 768, 2)}
+    # One axis after the other; the copies hand each other what they own of the parts.
+    assert updates("fsdp=2,tp=2") == {
+        ("all-to-all", "fsdp"): (8 * 768, 2),
+        ("all-to-all", "tp"): (8 * 768, 2),
+    }
+    assert updates("dp=2,fsdp=2") == {
+        ("all-to-all", "fsdp"): (8 * 768, 2),
+        ("all-gather", "dp"): (4 * 2 * 768, 1),
+    }
+    # Of one block, a matrix for each of four processes: the largest go as a whole, 256 numbers in 4 parts.
+    assert updates("fsdp=4", n_layer=1) == {("all-to-all", "fsdp"): (4 * (768 // 4 + 256), 2)}
+
+
+@pytest.mark.parametrize("text", ["dp=3", "fsdp=4", "dp=2,fsdp=2,tp=2", "dp=5,fsdp=3"])
+def test_matrices_are_shared_out_equally(text):
+    plan = ParallelPlan.parse(text)
+    shapes = [(24, 8), (8, 8), (32, 8), (8, 32)] * 13
+    place_of = owners(shapes, plan)
+    loads = {}
+    for shape, place in zip(shapes, place_of, strict=True):
+        assert all(0 <= place[axis] < getattr(plan, axis) for axis in ("dp", "fsdp", "tp"))
+        small, large = sorted(shape)
+        # The operations of an iteration: X X^T, its square, and their product with X.
+        operations = 2 * small**2 * large + small**3
+        loads[tuple(place.values())] = loads.get(tuple(place.values()), 0) + operations
+    assert len(loads) == plan.processes
+    assert max(loads.values()) - min(loads.values()) <= 2 * 8**2 * 32 + 8**3  # one of the largest
+
+
+def test_units_of_small_blocks():
+    def of(sizes, unit):
+        return [
+            list(found) for found in units([size << 20 for size in sizes], ParallelPlan(fsdp=2, unit=unit))
+        ]
+
+    assert of([1, 1, 1], 0) == [[0], [1], [2]]
+    assert of([4, 5, 6], 4) == [[0], [1], [2]]
+    assert of([2, 1, 2, 3, 2, 1], 4) == [[0, 1, 2], [3, 4, 5]]  # the last one has too little alone
+    assert of([1, 1, 1], 4) == []
+    assert of([], 4) == []
 
 
 @pytest.mark.parametrize("parallel", ["tp=2", "tp=4", "fsdp=2,tp=2", "dp=2,tp=2"])

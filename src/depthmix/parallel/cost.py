@@ -46,11 +46,11 @@ each send and receive), and so are the exchanges of Muon's matrices.
 of each token forwards and two backwards; experts are balanced, an assumption.
 
 **Optimiser.** Muon: five iterations of ``4 r^2 c + 2 r^3`` operations for a matrix with sides r <= c, whole matrices
-divided among dp x fsdp x tp processes; 14 passes of fp32 over a process's matrices, AdamW 7 over the rest, clipping 3
-over all.
+divided among dp x fsdp x tp processes, the slowest of which has at least the largest; 14 passes of fp32 over a
+process's matrices, AdamW 7 over the rest, clipping 3 over all.
 
 **Memory** of a process: parameters, gradients and states (Muon 1 number, AdamW 2; in bf16 also fp32 masters;
-gradients are fp32 as they add up), what FSDP has gathered (two blocks; under pp all of a process's, which backward
+gradients are fp32 as they add up), what FSDP has gathered (two units; under pp all of a process's, which backward
 passes but the last keep), activations of the micro-batches in flight (gpipe M,
 1f1b ``min(M, pp - r)``, interleaved ``min(v M, 2 (pp - r - 1) + (v - 1) pp + 1)`` stages) and of the loss, receive
 buffers of the pipeline for all M micro-batches (torch allocates them at the start). A block keeps, elements per
@@ -71,10 +71,12 @@ import numpy as np
 from ..bench import floor
 from ..config import GPTConfig, TrainConfig
 from ..errors import UserError
+from ..optim import BATCH_ELEMENTS
 from . import volume
 from .hardware import Hardware
 from .plan import ParallelPlan, cuts
 from .shape import Shape
+from .updates import batch_elements
 from .volume import Volume, wire_bytes
 
 MGR = ("mgr-independent", "mgr-competitive", "mgr-review")
@@ -460,10 +462,6 @@ class _Ranks:
 # --- one plan -------------------------------------------------------------------------------------
 
 
-def _apart(plan: ParallelPlan) -> bool:
-    return plan.fsdp > 1 or (plan.tp > 1 and plan.dp > 1)
-
-
 def check(job: Job, plan: ParallelPlan, ep: int = 1) -> None:
     """Raise ``UserError`` for a plan that cannot run this job."""
     plan.check(job)
@@ -490,12 +488,14 @@ def _traffic(ranks: _Ranks, choice: _Choice):
     experts = ranks.experts / ep / tp
     moe = job.shape.experts > 1
     times = 1 if plan.pp > 1 else M
-    if _apart(plan):
+    if plan.sharded:
         often = M + 1 if plan.pp > 1 else 2 * M
-        gathered, reduced = often * dense + times * rest, times * (dense + rest)
-        units = times * (blocks + plan.stages // plan.pp)
+        units = _units(ranks, e * dense)
+        alone = units > 0  # else blocks stay gathered with the rest
+        gathered = np.where(alone, often, times) * dense + times * rest
+        calls, reduced = often * units + times, times * (dense + rest)
+        units = times * (units + plan.stages // plan.pp)
         if fsdp > 1:
-            calls = often * blocks + times
             yield "all-gather", "fsdp", "parameters", gathered * e, calls, fsdp
             yield "reduce-scatter", "fsdp", "gradients", reduced * e, units, fsdp
         if dp > 1:
@@ -547,43 +547,34 @@ def _traffic(ranks: _Ranks, choice: _Choice):
         )
 
 
+def _units(ranks: _Ranks, size) -> np.ndarray:
+    """Units of FSDP of processes whose blocks have ``size`` bytes (:func:`depthmix.parallel.plan.units`)."""
+    plan = ranks.plan
+    if plan.unit == 0:
+        return ranks.blocks
+    chunks = plan.stages // plan.pp
+    together = np.ceil((plan.unit << 20) * ranks.blocks / size)
+    return chunks * (ranks.blocks // chunks // together)
+
+
 def _updates(ranks: _Ranks):
     """``(kind, axis, numbers, bytes of each, calls)`` of Muon's matrices on their way to one process each and back.
 
-    As the engine has it (:mod:`depthmix.parallel.volume`): momenta in fp32, updates in bf16 on GPUs; an all-to-all
-    where one axis alone shards, else everything is gathered; on gloo always.
+    As the engine has it (:mod:`depthmix.parallel.updates`): momenta in fp32, updates in bf16 on GPUs. The process with
+    the most has its share, and at least one matrix, of the largest.
     """
-    plan, P = ranks.plan, ranks.matrices
+    plan, P, largest = ranks.plan, ranks.matrices, float(max(r * c for r, c in ranks.priced.shapes))
     tp, dp, fsdp = plan.tp, plan.dp, plan.fsdp
-    # Matrices of one shape are stacked up to so many numbers.
-    calls = sum(
-        np.ceil(ranks.blocks / max(1, volume.LARGEST_BATCH // (r * c))) for r, c in ranks.priced.shapes
-    )
-
-    def exchange(axis, numbers):
-        if ranks.gloo:
-            return "all-gather", axis, numbers
-        return "all-to-all", axis, numbers / getattr(plan, axis)
-
-    sizes = [r * c for r, c in ranks.priced.shapes]
-    by_rows = P * (sum(sizes[::2]) / sum(sizes))  # qkv and the MLP's first
-    if tp > 1 and fsdp > 1:
-        yield "all-gather", "fsdp", P / tp, 4, calls
-        yield "all-gather", "tp", P, 4, calls
-        yield "all-gather", "fsdp", by_rows / (dp * tp), ranks.back, calls / 2
-        yield "all-gather", "tp", by_rows / dp, ranks.back, calls / 2
-        yield *exchange("fsdp", (P - by_rows) / (dp * tp)), ranks.back, calls / 2
-        yield *exchange("tp", (P - by_rows) / (dp * fsdp)), ranks.back, calls / 2
-    elif tp > 1 or fsdp > 1:
-        axis = "tp" if tp > 1 else "fsdp"
-        yield *(("all-gather", axis, P) if dp > 1 else exchange(axis, P)), 4, calls
-        yield *exchange(axis, P / dp), ranks.back, calls
+    calls = np.ceil(P / batch_elements(plan, BATCH_ELEMENTS))
+    copy, part, own = (np.maximum(P / ways, largest) for ways in (dp, dp * fsdp, dp * fsdp * tp))
+    if fsdp > 1:
+        yield "all-to-all", "fsdp", copy / (fsdp * tp), 4, calls
+        yield "all-to-all", "fsdp", part / tp, ranks.back, calls
+    if tp > 1:
+        yield "all-to-all", "tp", part / tp, 4, calls
+        yield "all-to-all", "tp", own, ranks.back, calls
     if dp > 1:
-        # Of what both axes divide by rows, the part of tp is whole by then.
-        left = P / (tp * fsdp)
-        if tp > 1 and fsdp > 1:
-            left = by_rows / tp + (P - by_rows) / (tp * fsdp)
-        yield "all-gather", "dp", left, ranks.back, calls
+        yield "all-gather", "dp", dp * copy / (fsdp * tp), ranks.back, calls
 
 
 def volumes(job: Job, plan: ParallelPlan, ep: int = 1) -> list[Volume]:
@@ -649,7 +640,7 @@ def _estimate(ranks: _Ranks, choice: _Choice) -> Estimate:
     # Seconds of a micro-batch on every pipeline process.
     total = ranks.total
     forward, backward = tokens * total(priced.forward), tokens * total(priced.backward)
-    written, read = (tokens * total(moved) for moved in priced.moved[_apart(plan)])
+    written, read = (tokens * total(moved) for moved in priced.moved[plan.sharded])
     compute = (1 + again) * forward + backward + total(priced.cast) / plan.tp
     compute[ranks.last] += tokens * priced.head
     connection = (1 + again) * written + read
@@ -722,9 +713,9 @@ def _optimizer(ranks: _Ranks) -> float:
     kinds = [(rows, cols, 1) for rows, cols in priced.shapes]
     if shape.experts > 1:
         kinds.append((shape.ffn, shape.width, 2 * shape.experts))
-    for rows, cols, count in kinds:  # a matrix is one process's
-        mine = np.ceil(count * ranks.blocks / ways)
-        seconds += mine * _muon_flops(rows, cols) / hardware.matmul_flops(min(rows, cols))
+    each = [_muon_flops(rows, cols) / hardware.matmul_flops(min(rows, cols)) for rows, cols, _ in kinds]
+    total = sum(count * one for (_, _, count), one in zip(kinds, each, strict=True))
+    seconds += np.maximum(total * ranks.blocks / ways, max(each))  # a matrix is one process's
     seconds += 30 * ranks.total(priced.extra) * D / ways / hardware.matmul_flops(D)
     muon = ranks.matrices / shard + ranks.experts / min(ways, shard * max(1, shape.experts))
     adamw = (ranks.in_blocks + ranks.rest) / plan.fsdp
@@ -745,8 +736,10 @@ def _memory(ranks: _Ranks, choice: _Choice) -> dict[str, float]:
     gathered = np.zeros(pp)
     if fsdp > 1:
         block = (ranks.matrices / tp + ranks.in_blocks + ranks.experts / choice.ep / tp) / ranks.blocks
-        # A pipeline's backward passes keep them until the last.
-        at_once = ranks.blocks if pp > 1 else np.minimum(2, ranks.blocks)
+        # A pipeline's backward passes keep them until the last; else two units are there at once.
+        count = _units(ranks, e * (ranks.matrices / tp + ranks.in_blocks))
+        two = np.minimum(ranks.blocks, 2 * ranks.blocks / np.maximum(1, count))
+        at_once = ranks.blocks if pp > 1 else np.where(count > 0, two, ranks.blocks)
         gathered = (at_once * block + ranks.rest) * e
 
     if plan.stages == 1 or plan.schedule == "1f1b":
@@ -846,7 +839,7 @@ def _candidates(
         "rows": [c.rows for c in found],
         "ep": [c.ep for c in found],
         "again": [c.again for c in found],
-        "apart": [_apart(c.plan) for c in found],
+        "apart": [c.plan.sharded for c in found],
         "gpipe": [c.plan.schedule == "gpipe" for c in found],
         "interleaved": [c.plan.schedule == "interleaved" for c in found],
     }

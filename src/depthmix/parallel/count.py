@@ -173,10 +173,9 @@ def _group_of(args: list) -> dist.ProcessGroup:
 def _axes(world) -> dict[str, str]:
     """Name of a process group -> the axis it is of; where an axis is all processes, theirs goes by its name."""
     found = {dist.group.WORLD.group_name: "world"}
-    for mesh in (world.update_mesh, world.mesh):
-        for axis in () if mesh is None else mesh.mesh_dim_names:
-            if getattr(world.plan, axis) > 1:
-                found[mesh.get_group(axis).group_name] = axis
+    for axis in AXES:
+        if getattr(world.plan, axis) > 1:
+            found[world.group(axis).group_name] = axis
     if world.tied_group is not None:
         found[world.tied_group.group_name] = "tied"
     return found

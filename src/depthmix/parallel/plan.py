@@ -10,11 +10,12 @@
 
 A plan is written ``dp=2,fsdp=2,tp=2,pp=2``, what is left out being 1, and needs as many processes as its product.
 ``schedule`` is how stages take turns (``gpipe``, ``1f1b``, ``interleaved``) and ``stages``, a multiple of ``pp``, how
-many there are: ``pp=2,schedule=interleaved,stages=4``. Neighbouring ranks differ in tp first, then fsdp, dp and pp:
-what communicates most is closest.
+many there are: ``pp=2,schedule=interleaved,stages=4``. ``unit`` is how much FSDP gathers at once, at least.
+Neighbouring ranks differ in tp first, then fsdp, dp and pp: what communicates most is closest.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,9 @@ class ParallelPlan:
     """How pipeline stages take turns."""
     stages: int = 0
     """Pipeline stages in all. 0: ``pp``, twice that with the interleaved schedule."""
+    unit: int = 4
+    """MiB of parameters that FSDP gathers at once, at least: neighbouring blocks share a unit until they have as many,
+    and blocks that have fewer all together stay gathered. 0: every block is a unit."""
 
     def __post_init__(self):
         for axis in AXES:
@@ -76,7 +80,8 @@ class ParallelPlan:
             if key in values:
                 raise UserError(f"parallel: {key} is given more than once in {text!r}")
             if key != "schedule" and not value.isdecimal():
-                raise UserError(f"parallel: {key} must be a whole number of at least 1, got {value!r}")
+                least = 0 if key == "unit" else 1
+                raise UserError(f"parallel: {key} must be a whole number of at least {least}, got {value!r}")
             values[key] = value if key == "schedule" else int(value)
         return cls(**values)
 
@@ -87,12 +92,19 @@ class ParallelPlan:
         if self.pp > 1:
             words.append(f"schedule={self.schedule}")
             words += [f"stages={self.stages}"] if self.stages != self.pp else []
+        if self.sharded and self.unit != type(self).unit:
+            words.append(f"unit={self.unit}")
         return ",".join(words) or "dp=1"
 
     @property
     def processes(self) -> int:
         """How many it needs."""
         return self.dp * self.fsdp * self.tp * self.pp
+
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP holds the parameters: also where tp divides matrices of which dp has copies."""
+        return self.fsdp > 1 or (self.tp > 1 and self.dp > 1)
 
     @property
     def data_ways(self) -> int:
@@ -203,3 +215,18 @@ def stage_blocks(n_layer: int, stages: int) -> list[range]:
 def cuts(config: "GPTConfig", plan: ParallelPlan) -> tuple[int, ...]:
     """Sublayers (1 .. L - 1) behind which the pipeline cuts."""
     return tuple(2 * blocks.stop for blocks in stage_blocks(config.n_layer, plan.stages)[:-1])
+
+
+def units(sizes: Sequence[int], plan: ParallelPlan) -> list[range]:
+    """Which blocks, of ``sizes`` bytes, FSDP gathers together; of none, all stay gathered with what is in no block."""
+    if plan.unit == 0:
+        return [range(i, i + 1) for i in range(len(sizes))]
+    found, first, filled = [], 0, 0
+    for i, size in enumerate(sizes):
+        filled += size
+        if filled >= plan.unit << 20:
+            found.append(range(first, i + 1))
+            first, filled = i + 1, 0
+    if found and first < len(sizes):  # too few for a unit of their own
+        found[-1] = range(found[-1].start, len(sizes))
+    return found

@@ -11,23 +11,27 @@ Parameters that tokens share but no matrix is split for (embedding, norms, all o
 process, with a gradient that is the sum over the parts; one all-reduce a step adds them up
 (:func:`sum_over_sequence`).
 
-**FSDP2** (``fully_shard``): each block is a unit, what is left of the stage another; with dp too, parameters are
+**FSDP2** (``fully_shard``): each block is a unit, or several small ones are
+(:func:`~depthmix.parallel.plan.units`: every unit costs a millisecond or two of a processor's time a step), what is
+left of the stage another; with dp too, parameters are
 sharded over fsdp and copied over dp (HSDP). A block's parameters exist while it runs, so nobody may read them from
 outside: the norm of a block's attention is not fused into the block before, nor are Attention Residuals' queries
 foreseen (:attr:`depthmix.GPT.blocks_apart`). **DDP** otherwise.
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from .plan import units
+from .updates import Exchange, batch_elements
 from .world import ManyProcesses
 
 
@@ -68,12 +72,14 @@ class _Arrived(torch.autograd.Function):
 def data_parallel(part: nn.Module, world: ManyProcesses, *, always_shard: bool = False) -> nn.Module:
     """``part`` (a GPT or a stage of one) over dp and fsdp; returns what is to be called."""
     plan = world.plan
-    if plan.fsdp > 1 or (plan.tp > 1 and plan.dp > 1) or always_shard:
+    if plan.sharded or always_shard:
         mesh = world.mesh["dp", "fsdp"] if plan.dp > 1 else world.mesh["fsdp"]
         # Our blocks return views, of results that nobody changes in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-        for block in part.whole_blocks():
-            fully_shard(block, mesh=mesh)
+        blocks = list(part.whole_blocks())
+        sizes = [sum(local(p).nbytes for p in block.parameters()) for block in blocks]
+        for unit in units(sizes, plan):
+            fully_shard([blocks[i] for i in unit], mesh=mesh)
         fully_shard(part, mesh=mesh, reshard_after_forward=False)
         part.blocks_apart = True
         return part
@@ -85,6 +91,7 @@ def data_parallel(part: nn.Module, world: ManyProcesses, *, always_shard: bool =
             part,
             process_group=world.group("dp"),
             gradient_as_bucket_view=True,
+            bucket_cap_mb=25,
             broadcast_buffers=False,  # tables of constants
             find_unused_parameters=world.plan.dp > 2,
         )
@@ -178,26 +185,25 @@ class Layout:
         norm = total.sqrt() if self.world.first else 0 * total.sqrt()
         return self.world.sum(norm).to(torch.float64 if precise else torch.float32)
 
-    def whole_matrices(self, parts: Tensor, like: nn.Parameter, function) -> Tensor:
-        """``function`` of whole matrices, of which ``parts [k, rows, cols]`` are this process's parts.
+    def batch_elements(self, most: int) -> int:
+        """How many numbers of whole matrices to take at once, where a process shall compute ``most`` of them."""
+        return batch_elements(self.world.plan, most)
 
-        The k matrices, of the shape and the sharding of ``like``, are divided among the processes of the stage, each of
-        which gets its matrices whole (``[k', rows, cols]``, k' may differ by process and be 0), applies ``function`` to
-        them, and hands the parts back. Whatever the sharding, a matrix is computed once.
+    def whole_matrices(
+        self,
+        parts: list[Tensor],
+        like: list[nn.Parameter],
+        function: Callable[[list[Tensor]], list[Tensor]],
+        dtype: torch.dtype,
+    ) -> list[Tensor]:
+        """This process's parts of ``function`` of whole matrices, of which ``parts`` are its parts.
+
+        Args:
+            parts: of each of the parameters ``like``, ``[rows, cols]`` here.
+            like: matrices of one stage, all processes' the same in the same order.
+            function: of some of the matrices, whole; returns as many of the same shapes in ``dtype``. It is called with
+                those that fall to this process, none perhaps: whatever the sharding, a matrix is computed once.
         """
-        mesh = self.world.update_mesh
-        if mesh is None:
-            return function(parts)
-        axes = sharded_axes(like)
-        here = [Shard(axes[name] + 1) if name in axes else Replicate() for name in mesh.mesh_dim_names]
-        owned = [Shard(0)] * mesh.ndim
-        rows, cols = like.shape
-        shape = torch.Size((len(parts), rows, cols))
-        stride = (rows * cols, cols, 1)
-        spread = DTensor.from_local(parts, mesh, here, run_check=False, shape=shape, stride=stride)
-        mine = spread.redistribute(placements=owned).to_local()
-        mine = function(
-            mine.contiguous()
-        )  # none of them too: what travels back has one dtype on all processes
-        done = DTensor.from_local(mine, mesh, owned, run_check=False, shape=shape, stride=stride)
-        return done.redistribute(placements=here).to_local()
+        shapes = [tuple(parameter.shape) for parameter in like]
+        dims = [sharded_axes(parameter) for parameter in like]
+        return Exchange(self.world, shapes, dims).apply(parts, function, dtype)

@@ -27,9 +27,9 @@ send where collectives run as rings.
 
 ===================  ===================================================================================================
 gradients, dp alone  all-reduce of all of a stage's parameters, once a step; with bf16 every micro-batch, without pp
-parameters, fsdp     all-gather of a block's before its forward and before its backward pass: 2 M times a step. Under pp
-                     M + 1 times: a forward pass gives them back, of the backward passes the last one alone. What is in
-                     no block, once every micro-batch; under pp once a step
+parameters, fsdp     all-gather of a unit's (a block, or small ones together) before its forward and before its backward
+                     pass: 2 M times a step. Under pp M + 1 times: a forward pass gives them back, of the backward
+                     passes the last one alone. What is in no unit, once every micro-batch; under pp once a step
 gradients, fsdp      reduce-scatter of the same, every micro-batch; under pp once a step. With dp too, an all-reduce of
                      the parts over dp
 sequence, tp         all-gather and reduce-scatter of b T D numbers for each sublayer, pass and micro-batch, whatever
@@ -39,7 +39,8 @@ gradients, tp        all-reduce of those of parameters that no process has a par
                      connection's own; once a step
 state, pp            point-to-point, each cut, forwards and backwards
 gradients, tied      all-reduce of the embedding's between the first and the last stage, once a step
-updates              Muon's: each matrix goes whole to one process, and its update comes back
+updates              Muon's: each matrix goes whole to one process, and its update comes back: all-to-alls over fsdp and
+                     tp, an all-gather of the updates over dp
 loss, norm           scalars
 ===================  ===================================================================================================
 
@@ -59,10 +60,10 @@ import torch
 
 from ..config import GPTConfig, TrainConfig
 from ..errors import UserError
-from .plan import ParallelPlan, cuts, stage_blocks
+from ..optim import BATCH_ELEMENTS, matrix_batches
+from .plan import ParallelPlan, cuts, stage_blocks, units
+from .updates import batch_elements, local_shape, owners
 
-LARGEST_BATCH = 1 << 26
-"""Numbers of the matrices of one shape that Muon takes at once."""
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "broadcast", "point-to-point")
 
 
@@ -246,7 +247,7 @@ class StageWeights:
     """What a stage's processes hold together."""
 
     blocks: tuple[tuple[Weight, ...], ...]
-    """Of each block, a unit of FSDP."""
+    """Of each block."""
     rest: tuple[Weight, ...]
     """Of no block: embedding, final norm, the connection's beginning, what the read behind the cut needs."""
 
@@ -353,7 +354,6 @@ class _Process:
         self.size = 2 if config.precision == "bf16" else 4
         self.micro_batches = plan.micro_batches(config)
         self.tokens = plan.micro_batch(config) * self.model.seq_len  # of a micro-batch
-        self.sharded = plan.fsdp > 1 or (plan.tp > 1 and plan.dp > 1)
 
     def volumes(self) -> Iterator[Volume]:
         yield from self._data()
@@ -364,7 +364,7 @@ class _Process:
 
     def _data(self):
         plan = self.plan
-        if self.sharded:
+        if self.plan.sharded:
             yield from self._sharded_data()
         elif plan.dp > 1:
             numbers = sum(math.prod(w.shape) for stage in self.stages for w in stage.all)
@@ -389,16 +389,19 @@ class _Process:
         plan, M = self.plan, self.micro_batches
         gathered = reduced = gathers = reductions = 0
         for stage in self.stages:
-            for unit in stage.blocks:
-                # A forward pass gives a block's parameters back, a backward pass does so at the end of the step alone
+            sizes = [self.size * sum(math.prod(w.local(plan.tp)) for w in block) for block in stage.blocks]
+            joined = [[w for i in unit for w in stage.blocks[i]] for unit in units(sizes, plan)]
+            for unit in joined:
+                # A forward pass gives a unit's parameters back, a backward pass does so at the end of the step alone
                 # where there is a pipeline: whatever follows it then finds them.
                 times = M + 1 if plan.pp > 1 else 2 * M
                 gathered, gathers = gathered + times * self._padded(unit), gathers + times
                 reduced, reductions = reduced + self._padded(unit), reductions + 1
-            if stage.rest:
+            rest = stage.rest if joined else stage.all
+            if rest:
                 times = 1 if plan.pp > 1 else M
-                gathered, gathers = gathered + times * self._padded(stage.rest), gathers + times
-                reduced, reductions = reduced + self._padded(stage.rest), reductions + 1
+                gathered, gathers = gathered + times * self._padded(rest), gathers + times
+                reduced, reductions = reduced + self._padded(rest), reductions + 1
         times = 1 if plan.pp > 1 else M
         if plan.fsdp > 1:
             yield Volume("all-gather", "fsdp", "parameters", gathered * self.size, gathers, plan.fsdp)
@@ -458,7 +461,9 @@ class _Process:
                 last = i == self.model.n_layer - 1
                 if i == first + len(stage.blocks) - 1 and not last:  # it ends with a write alone
                     count += _write_keeps_nothing(self.model, 2 * i + 2)
-                elif self.sharded or self.plan.pp > 1 or last:  # else the next block's norm comes with it
+                elif (
+                    self.plan.sharded or self.plan.pp > 1 or last
+                ):  # else the next block's norm comes with it
                     # Every MLP of moda but the last is followed by a projection.
                     count += self.model.residual == "prenorm" or (self.model.residual == "moda" and last)
         return count
@@ -491,72 +496,65 @@ class _Process:
             yield Volume("all-reduce", "tied", "gradients", numbers * self.size, 1, 2)
 
     def _updates(self):
-        """Muon's matrices on their way to one process each and back, shape by shape."""
-        alike: dict[tuple, int] = {}
-        for stage in self.stages:
-            for w in stage.all:
-                if w.muon:
-                    key = w.shape, w.split if self.plan.tp > 1 else None
-                    alike[key] = alike.get(key, 0) + 1
+        """Muon's matrices on their way to one process each and back: along fsdp, then tp; back also along dp."""
+        plan, ways = self.plan, {axis: getattr(self.plan, axis) for axis in ("dp", "fsdp", "tp")}
+        matrices = [w for stage in self.stages for w in stage.all if w.muon]
+        dims = []
+        for w in matrices:
+            tp = {"tp": w.split} if plan.tp > 1 and w.split is not None else {}
+            dims.append(tp | ({"fsdp": 0} if plan.sharded else {}))
+        keys = [(w.shape, str(sorted(d.items()))) for w, d in zip(matrices, dims, strict=True)]
+        there = 4  # momenta are fp32, updates bf16 on GPUs
+        back = 2 if self.backend == "nccl" else 4
         found: dict[tuple[str, str], list[int]] = {}
-        for (shape, split), count in alike.items():
-            most = max(1, LARGEST_BATCH // math.prod(shape))
-            for first in range(0, count, most):
-                for kind, axis, numbers, back in self._moves(min(most, count - first), *shape, split):
-                    total = found.setdefault((kind, axis), [0, 0])
-                    # fp32 momenta; updates are bf16 on GPUs.
-                    total[0] += numbers * (2 if back and self.backend == "nccl" else 4)
-                    total[1] += 1
+
+        def add(kind, axis, size):
+            total = found.setdefault((kind, axis), [0, 0])
+            total[0] += size
+            total[1] += 1
+
+        for batch in matrix_batches(keys, batch_elements(plan, BATCH_ELEMENTS)):
+            owner = owners([matrices[i].shape for i in batch], plan)
+            batch = [(matrices[i].shape, dims[i], o) for i, o in zip(batch, owner, strict=True)]
+
+            def beside(axes, batch=batch):
+                """Matrices that fall to this process's place on these axes."""
+                return [
+                    (shape, dim)
+                    for shape, dim, o in batch
+                    if all(o[axis] == self.place[axis] for axis in axes)
+                ]
+
+            def numbers(shape, dim, axis, place=None):
+                """Of a part that travels along ``axis``: what is inside of it is whole."""
+                dim = {a: d for a, d in dim.items() if axis == "fsdp" or a == axis}
+                return math.prod(
+                    local_shape(shape, dim, plan, {**self.place, **({} if place is None else place)})
+                )
+
+            for axis, outer in (("fsdp", ("dp",)), ("tp", ("dp", "fsdp"))):
+                if ways[axis] == 1:
+                    continue
+                group = beside(outer)
+                sent = sum(numbers(shape, dim, axis) for shape, dim in group if axis in dim)
+                if any(axis in dim for _, dim in group):
+                    add("all-to-all", axis, sent * there)
+                # Back, a matrix's owner sends a part to everyone; of one that the axis does not divide, all of it.
+                mine = beside((*outer, axis))
+                sent = sum(
+                    numbers(shape, dim, axis, {axis: place})
+                    for shape, dim in mine
+                    for place in range(ways[axis])
+                )
+                if group:
+                    add("all-to-all", axis, sent * back)
+            if plan.dp > 1:
+                each = [0] * plan.dp
+                for shape, dim, o in batch:
+                    each[o["dp"]] += numbers(shape, dim, "fsdp")
+                add("all-gather", "dp", plan.dp * max(each) * back)
         for (kind, axis), (size, calls) in found.items():
-            yield Volume(kind, axis, "updates", size, calls, getattr(self.plan, axis))
-
-    def _moves(self, k: int, rows: int, cols: int, split: int | None):
-        """``(kind, axis, numbers, whether on the way back)`` of each collective for k matrices: DTensor chooses them.
-
-        To divide k matrices among all that hold parts of them, an all-to-all is enough where one axis is sharded; where
-        two are, or dp holds copies, everything is gathered and then divided without sending. Back, innermost axis
-        first, it is an all-to-all, or a gathering where both axes divide rows and the outer one must come first.
-        """
-        dp, fsdp, tp = self.plan.dp, self.plan.fsdp, self.plan.tp
-        owners = k  # matrices of this process's group, by axis from the outermost
-        groups = {}
-        for axis in ("dp", "tp", "fsdp"):
-            groups[axis] = owners
-            each = -(-owners // getattr(self.plan, axis))
-            owners = max(0, min(each, owners - self.place[axis] * each))
-        high, wide = rows, cols  # of a part under tp alone
-        if split == 0:
-            high //= tp
-        elif split == 1:
-            wide //= tp
-        filled = _up(high, fsdp)
-        each = filled // fsdp
-        mine = max(0, min(each, high - self.place["fsdp"] * each))
-        if tp > 1 and fsdp > 1:
-            yield "all-gather", "fsdp", k * filled * wide, False
-            yield "all-gather", "tp", k * rows * cols, False
-            if split == 0:
-                yield "all-gather", "fsdp", _up(groups["fsdp"], fsdp) * rows * cols, True
-                yield "all-gather", "tp", _up(groups["tp"], tp) * rows * cols, True
-                mine = high
-            else:
-                yield self._exchange("fsdp", _up(groups["fsdp"], fsdp) * _up(rows, fsdp) * cols, True)
-                yield self._exchange("tp", _up(groups["tp"], tp) * mine * cols, True)
-        elif tp > 1 or fsdp > 1:
-            axis, whole = ("tp", rows * cols) if tp > 1 else ("fsdp", filled * cols)
-            if dp > 1:
-                yield "all-gather", axis, k * whole, False
-            else:
-                yield self._exchange(axis, _up(k, getattr(self.plan, axis)) * whole, False)
-            yield self._exchange(axis, _up(groups[axis], getattr(self.plan, axis)) * whole, True)
-        if dp > 1:
-            yield "all-gather", "dp", _up(k, dp) * mine * wide, True
-
-    def _exchange(self, axis: str, numbers: int, back: bool):
-        """An all-to-all of ``numbers`` in all; on gloo, for which DTensor has none, a gathering of everything."""
-        if self.backend == "gloo":
-            return "all-gather", axis, numbers, back
-        return "all-to-all", axis, numbers // getattr(self.plan, axis), back
+            yield Volume(kind, axis, "updates", size, calls, ways[axis])
 
     def _scalars(self):
         plan = self.plan

@@ -146,7 +146,6 @@ class ManyProcesses(World):
                 f"({found or _first_line(error)}); check that all were started with the same rendezvous endpoint"
             ) from error
         self.place = plan.coordinates(self.rank)
-        self._update_mesh = None
         self.tied_group = self._tied_group()
 
     def _tied_group(self):
@@ -167,21 +166,6 @@ class ManyProcesses(World):
     def group(self, axis: str):
         """The process group of those that differ from this one in ``axis`` alone."""
         return self.mesh.get_group(axis)
-
-    @property
-    def update_mesh(self):
-        """Of the processes with the same stage: ``dp, tp, fsdp``, in the order in which matrices are divided."""
-        if self._update_mesh is None:
-            if self.plan.tp > 1 and self.plan.fsdp > 1:
-                from torch.distributed.device_mesh import DeviceMesh
-
-                ranks = self.mesh.mesh.permute(0, 1, 3, 2)
-                whole = DeviceMesh(self.mesh.device_type, ranks, mesh_dim_names=("pp", "dp", "tp", "fsdp"))
-                self._update_mesh = whole["dp", "tp", "fsdp"]
-            else:
-                names = [axis for axis in ("dp", "tp", "fsdp") if getattr(self.plan, axis) > 1]
-                self._update_mesh = self.mesh[tuple(names)] if names else None
-        return self._update_mesh
 
     def any(self, flag):
         found = torch.tensor([float(flag)])
