@@ -292,7 +292,7 @@ class MuonAdamW(torch.optim.Optimizer):
             low_precision = [p for p in stepped if "master" in self.state[p]]
             if low_precision:
                 torch._foreach_copy_(
-                    [_local(p.detach()) for p in low_precision],
+                    [_local(p).detach() for p in low_precision],
                     [_local(self.state[p]["master"]) for p in low_precision],
                 )
         return loss
@@ -301,7 +301,7 @@ class MuonAdamW(torch.optim.Optimizer):
         weights = [self._weight(p) for p in batch]
         gradients = [_local(w.grad) for w in weights]
         momenta = [_local(self.state[p]["momentum"]) for p in batch]
-        weights = [_local(w.detach()) for w in weights]
+        weights = [_local(w).detach() for w in weights]
         torch._foreach_lerp_(momenta, gradients, 1 - self.config.muon_momentum)
         nesterov = torch._foreach_lerp(gradients, momenta, self.config.muon_momentum)
         on_cuda = weights[0].device.type == "cuda"
@@ -340,7 +340,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def _step_adamw(self, parameters: list[nn.Parameter], group: dict) -> None:
         weights = [self._weight(p) for p in parameters]
         adamw(
-            [_local(w.detach()) for w in weights],
+            [_local(w).detach() for w in weights],
             [_local(w.grad) for w in weights],
             [_local(self.state[p]["exp_avg"]) for p in parameters],
             [_local(self.state[p]["exp_avg_sq"]) for p in parameters],
