@@ -94,27 +94,28 @@ def two_processes(rounds: int) -> dict:
     import torch.distributed as dist
 
     found: dict = {"data_parallel": {}, "muon": {}}
-    for name in NAMES:
-        config = config_of(name)
-        inputs, targets = batch(config)
-        alone = Engine(build_model(config, CPU), config, World(), CPU) if dist_rank() == 0 else None
-        world = ManyProcesses(ParallelPlan(dp=2), "cpu")
-        both = ShardedEngine(build_model(config, CPU), config, world, CPU)
-        rows = slice(world.data_rank * both.rows, (world.data_rank + 1) * both.rows)
-        one, two = [], []
-        for number in range(rounds + 1):
-            dist.barrier()
+    for size, count, times in (("quick", rounds, 2), ("xs", max(3, rounds // 3), 1)):
+        for name in NAMES:
+            config = config_of(name, size)
+            inputs, targets = batch(config)
+            alone = Engine(build_model(config, CPU), config, World(), CPU) if dist_rank() == 0 else None
+            world = ManyProcesses(ParallelPlan(dp=2), "cpu")
+            both = ShardedEngine(build_model(config, CPU), config, world, CPU)
+            rows = slice(world.data_rank * both.rows, (world.data_rank + 1) * both.rows)
+            one, two = [], []
+            for number in range(count + 1):
+                dist.barrier()
+                if alone is not None:
+                    one.append(timed(step, alone, inputs, targets, times=times))
+                dist.barrier()
+                two.append(timed(step, both, inputs[rows], targets[rows], times=times))
+                if number == 0:
+                    one.clear(), two.clear()
             if alone is not None:
-                one.append(timed(step, alone, inputs, targets, times=2))
-            dist.barrier()
-            two.append(timed(step, both, inputs[rows], targets[rows], times=2))
-            if number == 0:
-                one.clear(), two.clear()
-        if alone is not None:
-            found["data_parallel"][name] = against(one, two)
-        if name == NAMES[0]:
-            found["muon"] |= muon("dp=2", both, alone, rounds)
-        world.close()
+                found["data_parallel"][f"{size} {name}"] = against(one, two)
+            if (size, name) == ("quick", NAMES[0]):
+                found["muon"] |= muon("dp=2", both, alone, rounds)
+            world.close()
     world = ManyProcesses(ParallelPlan(fsdp=2), "cpu")
     config = config_of(NAMES[0])
     inputs, targets = batch(config)
@@ -244,7 +245,7 @@ def main() -> None:
         return
     found = torchrun(2, "two", args.rounds) | {"fsdp_overhead": torchrun(1, "one", args.rounds)}
     config = preset("quick")
-    speed = config.tokens_per_step / found["data_parallel"]["prenorm"]["seconds"]
+    speed = config.tokens_per_step / found["data_parallel"]["quick prenorm"]["seconds"]
     found["loader"] = loader_speed(speed, ROOT)
     found |= {"machine": machine(CPU), "load_average": os.getloadavg()}
     write_json(args.out, found)

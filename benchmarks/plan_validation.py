@@ -451,9 +451,8 @@ def _write(args, plans: list[dict], described: dict) -> None:
     values = {
         "format": 1,
         "command": "python " + " ".join(sys.argv),
-        "note": "Other work filled the same two cores all the time, many times over: what the clock shows varied by "
-        "factors from round to round. Constants and runs took turns and every figure is a median over the rounds; "
-        "processor seconds are what to judge the model by.",
+        "note": "Constants and runs took turns and every figure is a median over the rounds.",
+        "load_average": os.getloadavg(),
         "machine": described,
         "tokens": TOKENS,
         "summary": summary(plans),

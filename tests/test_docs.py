@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -288,15 +289,38 @@ def test_exactness_is_that_of_the_file():
 def test_speed_of_many_processes_is_that_of_the_file():
     words = " ".join(text("parallel.md").split())
     found = json.loads((ROOT / "benchmarks/results/parallel-speed-cpu.json").read_text())
-    for name in ("prenorm", "mgr-competitive"):
-        assert f"{found['data_parallel'][name]['ratio']:.2f}" in words
-        for size in ("quick", "xs"):
+    for size in ("quick", "xs"):
+        ratios = [
+            found["data_parallel"][f"{size} {name}"]["ratio"] for name in ("prenorm", "mgr-competitive")
+        ]
+        assert "`{}` | {:.2f} | {:.2f} |".format(size, *ratios) in words
+        for name in ("prenorm", "mgr-competitive"):
             assert f"{100 * (found['fsdp_overhead'][f'{size} {name}']['ratio'] - 1):.1f} %" in words
     assert f"{found['loader']['ratio']:,.0f} times" in words
     for label in ("dp=2", "fsdp=2", "dp=2 against one process"):
         assert f"{found['muon'][label]['ratio']:.2f}" in words
     kept = json.loads((ROOT / "benchmarks/results/checkpoint-async-cpu.json").read_text())
     assert f"for {100 * kept['ratio']:.0f} % of the time that writing takes" in words
+
+
+def test_errors_of_the_cost_model_are_those_of_the_file():
+    page = text("parallel-plan.md")
+    found = json.loads((ROOT / "results/parallel/plan-validation.json").read_text())
+    for plan in found["plans"]:
+        cells = [plan["plan"], str(len(plan["runs"]))]
+        for kind in ("processor", "clock"):
+            errors = [run[kind]["error"] for run in plan["runs"]]
+            cells += [
+                f"{100 * statistics.median(map(abs, errors)):.0f} %",
+                f"{100 * max(errors, key=abs):+.0f} %",
+            ]
+        assert f"| {' | '.join(cells)} |" in page
+    summary = found["summary"]
+    words = " ".join(page.split())
+    for kind in ("processor", "clock"):
+        assert f"**{100 * summary[kind]['median_error']:.1f} %** of the {kind}" in words
+    ratios = [100 * summary[kind]["median_error_of_ratio_to_prenorm"] for kind in ("processor", "clock")]
+    assert "of ratios to PreNorm {:.1f} % and {:.1f} %".format(*ratios) in words
 
 
 def test_counts_of_communication_are_those_of_the_file():

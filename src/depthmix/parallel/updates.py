@@ -182,11 +182,15 @@ class Exchange:
         own = torch.zeros(most, dtype=dtype, device=device)
         _flatten_into(own, [updates[i] for i in owned_by[self._place["dp"]]])
         everything = torch.empty(self._plan.dp * most, dtype=dtype, device=device)
-        dist.all_gather_into_tensor(everything, own, group=self._world.group("dp"))
+        _all_gather(everything, own, group=self._world.group("dp"))
         found = {}
         for owned, part_of_one, of_one in zip(owned_by, everything.split(most), shapes, strict=True):
             found.update(zip(owned, _unflatten(part_of_one, of_one), strict=True))
         return [found[i] for i in range(len(self._shapes))]
+
+
+# Its name since torch 2.13, which warns of the other.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
 def _all_to_all(
