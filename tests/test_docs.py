@@ -328,3 +328,8 @@ def test_counts_of_communication_are_those_of_the_file():
     assert all(case["equal"] for case in cases)
     figures = sum(len(case["traffic"]) for case in cases)
     assert f"{figures:,} figures of {len(cases)} runs" in " ".join(text("parallel-communication.md").split())
+    wide = json.loads((ROOT / "results/parallel/comm-wide.json").read_text())["cases"]
+    for case in wide:
+        carried, rings = case["socket_bytes_of_all_processes"], case["ring_bytes_of_all_processes"]
+        cells = [f"`{case['parallel']}`", f"{carried:,}", f"{carried / rings:.3f}"]
+        assert f"| {' | '.join(cells)} |" in text("parallel-communication.md")

@@ -91,7 +91,8 @@ def data_parallel(part: nn.Module, world: ManyProcesses, *, always_shard: bool =
             part,
             process_group=world.group("dp"),
             gradient_as_bucket_view=True,
-            bucket_cap_mb=25,
+            # A first bucket of 1 MiB, DDP's default, is sent early; where cores do the sending, that gains nothing.
+            bucket_cap_mb=25 if world.mesh.device_type == "cpu" else None,
             broadcast_buffers=False,  # tables of constants
             find_unused_parameters=world.plan.dp > 2,
         )

@@ -369,8 +369,9 @@ class _Process:
         elif plan.dp > 1:
             numbers = sum(math.prod(w.shape) for stage in self.stages for w in stage.all)
             times = self.micro_batches if self.config.precision == "bf16" and plan.pp == 1 else 1
+            first = 25 << 20 if self.backend == "gloo" else 1 << 20
             calls = sum(
-                _buckets([math.prod(w.shape) * self.size for w in stage.all]) for stage in self.stages
+                _buckets([math.prod(w.shape) * self.size for w in stage.all], first) for stage in self.stages
             )
             yield Volume("all-reduce", "dp", "gradients", times * numbers * self.size, times * calls, plan.dp)
             if plan.dp > 2:  # which parameters were used, a number each
@@ -567,22 +568,17 @@ class _Process:
         yield Volume("all-reduce", "world", "norm", 8, 1, plan.processes)
 
 
-def _buckets(sizes: list[int]) -> int:
-    """All-reduces of DDP for parameters of these bytes: one of 1 MiB, then of 25 MiB each, last parameters first.
+def _buckets(sizes: list[int], first: int) -> int:
+    """All-reduces of DDP for parameters of these bytes: one of ``first``, then of 25 MiB each, last parameters first.
 
     DDP fills them in the order in which gradients come, which may differ from this a little.
     """
-    count, limit, filled = 0, 1 << 20, 0
+    count, limit, filled = 0, first, 0
     for size in reversed(sizes):
         filled += size
         if filled >= limit:
             count, limit, filled = count + 1, 25 << 20, 0
     return count + (filled > 0)
-
-
-def _up(count: int, of: int) -> int:
-    """``count``, or the next multiple of ``of``."""
-    return -(-count // of) * of
 
 
 def wire_bytes(volume: Volume, backend: str = "nccl") -> float:
