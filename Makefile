@@ -4,13 +4,15 @@
 # make test-kernels  the same installation: run the Triton kernels, on the GPU or in Triton's interpreter
 # make test-integrations  install DeepSpeed, Accelerate and Fabric: run examples/integrations on two processes
 # make test-nodes  two nodes, as network namespaces, that lose each other in training; needs root and iproute2
+# make docs    install mkdocs and build the site into build/site; fails on any warning
+# make package  build wheel and sdist into build/dist and check them in another environment
 # make gpu-check  everything that needs an NVIDIA GPU: tests, sanitizer, benchmarks; installs nothing
 # make lint    style and common mistakes
 PYTHON ?= python3
 VENV ?= .venv
 export PYTHON
 
-.PHONY: demo test test-peers test-kernels test-integrations test-nodes gpu-check lint clean
+.PHONY: demo test test-peers test-kernels test-integrations test-nodes docs package gpu-check lint clean
 demo: $(VENV)/.demo
 	$(VENV)/bin/depthmix compare --recipe quick --out runs/demo --resume
 
@@ -29,6 +31,12 @@ test-integrations: $(VENV)/.integrations
 # 77: what it needs is missing here, and it has said so.
 test-nodes: $(VENV)/.test
 	$(VENV)/bin/python scripts/two_nodes.py --steps 20 --cut-at 8 --timeout 12 --down 14 || [ $$? = 77 ]
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
+
+package: $(VENV)/.test
+	$(VENV)/bin/python scripts/check_package.py
 
 gpu-check:
 	scripts/gpu_check.sh
@@ -51,6 +59,10 @@ $(VENV)/.peers: pyproject.toml constraints-cpu.txt
 
 $(VENV)/.integrations: pyproject.toml constraints-cpu.txt
 	scripts/install.sh $(VENV) test,dev,integrations
+	@touch $@
+
+$(VENV)/.docs: pyproject.toml constraints-cpu.txt
+	scripts/install.sh $(VENV) test,dev,docs
 	@touch $@
 
 clean:

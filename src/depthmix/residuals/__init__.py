@@ -5,6 +5,7 @@ from . import (  # noqa: F401, I001 (the order of registration is the order user
 )  # fmt: skip
 from .base import Residual, Site
 from .mgr import MultiGateResidual, gate_bias_init
+from .plugins import load as _load_plugins
 from .registry import (
     available_residuals,
     build_residual,
@@ -24,3 +25,5 @@ __all__ = [
     "residual_options",
     "residual_summaries",
 ]
+
+_load_plugins()

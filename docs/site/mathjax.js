@@ -1,0 +1,7 @@
+window.MathJax = {
+  tex: {inlineMath: [["\\(", "\\)"]], displayMath: [["\\[", "\\]"]], processEscapes: true},
+  options: {ignoreHtmlClass: ".*", processHtmlClass: "arithmatex"},
+};
+document$.subscribe(() => {
+  if (window.MathJax.typesetPromise) window.MathJax.typesetPromise();
+});

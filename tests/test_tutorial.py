@@ -1,0 +1,120 @@
+"""The tutorial's commands run one after the other, and the connection of the other page works everywhere."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.S)
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    programs = tmp_path_factory.mktemp("bin")
+    for name, command in {"depthmix": "-m depthmix", "torchrun": "-m torch.distributed.run"}.items():
+        (programs / name).write_text(f'#!/bin/sh\nexec {sys.executable} {command} "$@"\n')
+        (programs / name).chmod(0o755)
+    path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
+    return os.environ | {
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": path,
+        "DEPTHMIX_CACHE": str(tmp_path_factory.mktemp("cache")),
+    }
+
+
+@pytest.mark.slow
+def test_commands_of_the_tutorial(tmp_path, environment):
+    commands = [line for block in blocks("tutorial.md", "sh") for line in block.splitlines()]
+    assert len(commands) >= 9
+    for command in commands:
+        ran = subprocess.run(
+            ["bash", "-euc", command],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert ran.returncode == 0, f"{command}\n{ran.stdout}{ran.stderr}"
+    assert (tmp_path / "runs/first-map.png").read_bytes().startswith(b"\x89PNG")
+    assert "mgr-competitive" in (tmp_path / "runs/compared/report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def plugin(tmp_path, environment):
+    (code,) = blocks("new-connection.md", "python")
+    (tmp_path / "averages.py").write_text(code)
+    path = f"{environment['PYTHONPATH']}{os.pathsep}{tmp_path}"
+    return environment | {"PYTHONPATH": path, "DEPTHMIX_PLUGINS": "averages"}
+
+
+def depthmix(*words, env):
+    return subprocess.run(
+        [sys.executable, "-m", "depthmix", *words], env=env, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_a_connection_in_one_file(tmp_path, plugin):
+    check = """
+import torch
+from depthmix import GPT, GPTConfig, mixing_error
+config = GPTConfig(vocab_size=16, n_layer=3, d_model=16, n_head=2, seq_len=8, residual="averages:n_streams=3")
+model = GPT(config, seed=0).double()
+ids = torch.arange(16).reshape(2, 8)
+print(mixing_error(model, ids))
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", check], env=plugin, capture_output=True, text=True, timeout=300
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert float(ran.stdout) < 1e-12
+    out = tmp_path / "run"
+    words = "--preset", "quick", "--residual", "averages:n_streams=2", "--steps", "2", "--out", str(out)
+    ran = depthmix("train", *words, env=plugin)
+    assert ran.returncode == 0, ran.stderr
+    assert "averages" in depthmix("info", "--list", env=plugin).stdout
+    assert depthmix("map", str(out), "--out", str(tmp_path / "map.png"), env=plugin).returncode == 0
+
+
+def test_a_plugin_that_cannot_be_imported(tmp_path, plugin):
+    (tmp_path / "averages.py").write_text("import nothing_of_this_name\n")
+    ran = depthmix("info", "--list", env=plugin)
+    assert ran.returncode == 2 and "Traceback" not in ran.stderr
+    assert (
+        "$DEPTHMIX_PLUGINS names the module 'averages'" in ran.stderr and "nothing_of_this_name" in ran.stderr
+    )
+
+
+def test_a_plugin_of_an_installed_package(tmp_path, plugin):
+    """By its entry point, without the variable."""
+    metadata = tmp_path / "averages-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: averages\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[depthmix.residuals]\naverages = averages\n")
+    del plugin["DEPTHMIX_PLUGINS"]
+    assert "averages" in depthmix("info", "--list", env=plugin).stdout
+
+
+def test_the_average_is_what_its_page_says(tmp_path, plugin, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import averages
+
+    from depthmix.residuals import registry
+
+    try:
+        site = averages.AverageSite([0.5, 0.25])
+        a, b, y = torch.randn(3, 2, 4, 8).double()
+        h, state = site(y, (a, b))
+        torch.testing.assert_close(state[0], 0.5 * a + 0.5 * y)
+        torch.testing.assert_close(state[1], 0.75 * b + 0.25 * y)
+        torch.testing.assert_close(h, (state[0] + state[1]) / 2)
+    finally:
+        del registry._REGISTRY["averages"], sys.modules["averages"]
