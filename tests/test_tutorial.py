@@ -1,5 +1,6 @@
 """The tutorial's commands run one after the other, and the connection of the other page works everywhere."""
 
+import json
 import os
 import re
 import subprocess
@@ -118,3 +119,24 @@ def test_the_average_is_what_its_page_says(tmp_path, plugin, monkeypatch):
         torch.testing.assert_close(h, (state[0] + state[1]) / 2)
     finally:
         del registry._REGISTRY["averages"], sys.modules["averages"]
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "examples/notebooks").glob("*.ipynb")), ids=lambda path: path.name
+)
+def test_notebooks(path, environment, tmp_path):
+    """Every cell runs, in order; what a notebook shows on the web is what it printed when it was written."""
+    cells = [
+        cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"
+    ]
+    assert any(cell["outputs"] for cell in cells)  # it was run before it was stored
+    code = "\n".join("".join(cell["source"]) for cell in cells)
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment | {"MPLBACKEND": "agg"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ran.returncode == 0, ran.stderr
