@@ -26,9 +26,12 @@ def rows(page, first):
     return [[cell.strip() for cell in line.strip("|").split("|")][1:] for line in lines]
 
 
-CODE = [
+BLOCKS = [
     (page.name, code) for page in PAGES for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
 ]
+HEAVY = re.compile(r"^import (transformers|timm)", re.M)
+"""Such code is run by tests/hf/test_pages.py."""
+CODE = [(name, code) for name, code in BLOCKS if not HEAVY.search(code)]
 
 
 @pytest.mark.parametrize("page, code", CODE, ids=[f"{name}-{i}" for i, (name, _) in enumerate(CODE)])
