@@ -123,15 +123,21 @@ def test_its_own_connection_is_the_model_itself(family):
 
 @every_family
 def test_generates_with_its_cache_what_it_computes_without(family):
-    model = moved(adapt(build(family), "mgr-competitive", n_streams=3)).double()
+    model = moved(adapt(build(family), "mgr-competitive", n_streams=3))
+    # transformers has no experts in float64.
+    model, close = (model, 1e-4) if family == "mixtral" else (model.double(), 1e-6)
     ids = tokens(3, 7)
-    kept = model.generate(ids, max_new_tokens=12, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    kept = model.generate(
+        ids, max_new_tokens=12, min_new_tokens=12, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
     again = ids
     for step in range(12):
         logits = model(input_ids=again, use_cache=False).logits[:, -1]
-        torch.testing.assert_close(kept.logits[step].double(), logits, rtol=0, atol=1e-6 * logits.abs().max().item())
+        most = logits.abs().max().item()
+        torch.testing.assert_close(kept.logits[step], logits, rtol=0, atol=close * most, check_dtype=False)
+        logits[:, 0] = -torch.inf  # the end
         again = torch.cat([again, logits.argmax(-1, keepdim=True)], 1)
-        assert torch.equal(again[:, -1], kept.sequences[:, again.shape[1] - 1]) or (again[:, 7:] == 0).any()
+    assert torch.equal(again, kept.sequences)
 
 
 @every_residual
@@ -426,14 +432,15 @@ def test_dropout_in_a_block_itself_is_refused():
     """Its output would be written without dropout."""
     with pytest.raises(UserError, match="in training.*set it to 0"):
         adapt(build("opt", dropout=0.5), "mgr-competitive", n_streams=2)
-    adapt(build("gpt2", resid_pdrop=0.5), "mgr-competitive", n_streams=2)  # a module's
-    phi = build("phi", resid_pdrop=0.5)
-    mixed = adapt(copy.deepcopy(phi), "prenorm")
+    # One module for both of its outputs.
+    with pytest.raises(UserError, match="in training.*set it to 0"):
+        adapt(build("phi", resid_pdrop=0.5), "mgr-competitive", n_streams=2)
+    plain = build("gpt2", resid_pdrop=0.5)
     ids, logits = tokens(), []
-    for model in (phi, mixed):
+    for model in (plain, adapt(copy.deepcopy(plain), "prenorm")):
         torch.manual_seed(3)
         logits.append(model.train()(input_ids=ids).logits)
-    torch.testing.assert_close(*logits, rtol=0, atol=1e-5 * logits[0].abs().max().item())
+    assert torch.equal(*logits)
 
 
 def test_requests_that_cannot_be_met(tmp_path):
@@ -455,8 +462,7 @@ def test_requests_that_cannot_be_met(tmp_path):
     with pytest.raises(UserError, match="no causal language model"):
         adapt(transformers.LlamaModel(config_of()), "hc")
     with pytest.raises(UserError, match="encoder"):
-        adapt(transformers.T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=9), "hc") \
-            if False else adapt(build("gpt2", add_cross_attention=True), "hc")  # fmt: skip
+        adapt(build("gpt2", add_cross_attention=True), "hc")
     build().save_pretrained(tmp_path)
     with pytest.raises(UserError, match="no model of depthmix.adapt"):
         huggingface.load(tmp_path)

@@ -72,7 +72,7 @@ class MixedBlock:
             def stand_in(*args, **kwargs):
                 out = module(*args, **kwargs)
                 y = out[0] if isinstance(out, tuple) else out
-                written[name] = scaled(y.view(shape), write)
+                written[name] = scaled(shaped(y, shape), write)
                 return out
 
             return stand_in
@@ -81,7 +81,7 @@ class MixedBlock:
             nonlocal h, state
             h, state = self.attn_site(written.pop(attention), state)
             h = scaled(h, reads[0])
-            return following(h.view(x.shape), *args, **kwargs)
+            return following(shaped(h, x.shape), *args, **kwargs)
 
         stand_ins = {attention: writer(attention), mlp: writer(mlp)}
         if middle is not None:
@@ -109,6 +109,11 @@ class MixedBlock:
                 "gradient checkpointing with use_reentrant=True gives no gradients through a residual connection with "
                 "a state; use it with use_reentrant=False"
             )
+
+
+def shaped(x: Tensor, shape: torch.Size) -> Tensor:
+    """``x`` in this shape. Where it has it, itself: one node more, and its gradient would be summed in another order."""
+    return x if x.shape == shape else x.view(shape)
 
 
 @functools.cache
