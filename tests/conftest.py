@@ -9,8 +9,8 @@ settings.register_profile("same every time", derandomize=True, deadline=None)
 settings.load_profile("same every time")
 
 ON_REQUEST = ("peers", "kernels", "integrations", "hf")
-"""Folders whose files need packages that only the extras ``peers``, ``integrations`` and ``test-hf`` install; each named
-as its marker."""
+"""Folders whose files need packages that only the extras ``peers``, ``integrations`` and ``test-hf`` install; each
+named as its marker."""
 
 
 def pytest_ignore_collect(collection_path: Path, config):

@@ -23,7 +23,10 @@ def seeded():
 
 def mlp(width=D, bias=True):
     return nn.Sequential(
-        nn.RMSNorm(width, eps=1e-6), nn.Linear(width, 2 * width, bias), nn.GELU(), nn.Linear(2 * width, width, bias)
+        nn.RMSNorm(width, eps=1e-6),
+        nn.Linear(width, 2 * width, bias),
+        nn.GELU(),
+        nn.Linear(2 * width, width, bias),
     )
 
 
@@ -202,7 +205,7 @@ def test_arguments_reach_the_sublayers_that_take_them():
         h = h + sublayers[i](h)
     h = h + sublayers[3](h, shift=shift)
     assert torch.equal(narrowed(x, shift=shift, scale=3.0), h)
-    with pytest.raises(UserError, match="'mask'.*takes"):
+    with pytest.raises(UserError, match=r"'mask'.*takes"):
         narrowed(x, mask=x)
     with pytest.raises(UserError, match="each must have one entry for each of 4"):
         trunk(x, each=[{}])

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from . import functional
+    from .adapters import adapt
     from .config import GPTConfig
     from .diagnostics.capture import capture
     from .match import match_params
     from .mixing import MixingMap, mixing_error, mixing_map
     from .model import GPT, KVCache
-    from .adapters import adapt
     from .residuals import MultiGateResidual, available_residuals, gate_bias_init
     from .wrapping import wrap
 

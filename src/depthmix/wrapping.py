@@ -76,7 +76,9 @@ def build_connection(
     )
     connection = build_residual(config)
     if connection.not_wrapped is not None:
-        raise UserError(f"residual {name} cannot join modules that know nothing of it: {connection.not_wrapped}")
+        raise UserError(
+            f"residual {name} cannot join modules that know nothing of it: {connection.not_wrapped}"
+        )
     if length % sublayers_per_block and connection.counts_blocks:
         raise UserError(
             f"residual {name} counts blocks of sublayers_per_block = {sublayers_per_block}, and {length} sublayers are "
@@ -113,9 +115,7 @@ def _not_exact(name: str, scaling) -> str:
             "PreNorm's sum to their number: every read would have to be multiplied by it"
         )
     else:
-        why = (
-            f"its streams are summed in the end, to {1 / scaling.reads[-1]:g} times PreNorm's output: set merge=mean"
-        )
+        why = f"its streams are summed in the end, to {1 / scaling.reads[-1]:g} times PreNorm's output: set merge=mean"
     return (
         f"residual {name} cannot start as PreNorm: {why}. With start='prenorm-scaled' these factors are kept as "
         f"constants beside the connection"
@@ -141,7 +141,17 @@ class Wrapped(nn.Module):
     checkpointing = False
     blocks_apart = False
 
-    def __init__(self, sublayers: Iterable[nn.Module], connection, sites, factors, d_model, channel_dim, takes, per_block):
+    def __init__(
+        self,
+        sublayers: Iterable[nn.Module],
+        connection,
+        sites,
+        factors,
+        d_model,
+        channel_dim,
+        takes,
+        per_block,
+    ):
         super().__init__()
         self.sublayers = nn.ModuleList(sublayers)
         self.sublayers.in_trunk = True  # for depthmix.optim
@@ -230,7 +240,8 @@ class Wrapped(nn.Module):
                     f"wrap(..., takes=[...]) says which arguments each takes"
                 )
         found = [
-            {key: value for key, value in shared.items() if names is None or key in names} for names in self.takes
+            {key: value for key, value in shared.items() if names is None or key in names}
+            for names in self.takes
         ]
         if each is None:
             return found

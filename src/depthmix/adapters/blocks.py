@@ -1,7 +1,7 @@
 """Blocks of another package, run by their own code and joined by a connection of ours.
 
-A pre-norm block computes ``z = x + attention(norm(x))`` and returns ``z + mlp(norm(z))``. Its own ``forward`` is run, on
-a view of the block in which three children have stand-ins: what attention and MLP return is written to the
+A pre-norm block computes ``z = x + attention(norm(x))`` and returns ``z + mlp(norm(z))``. Its own ``forward`` is run,
+on a view of the block in which three children have stand-ins: what attention and MLP return is written to the
 connection's state, and the norm before the MLP is given what the connection reads, in place of z. What the block
 makes of its sums is never used. So masks, rotary angles, caches and whatever else a block hands to its parts are
 its own affair, and no code is copied.
@@ -90,7 +90,9 @@ class MixedBlock:
         returned = self._original.forward(View(self, stand_ins), h, *args, **kwargs)
         missing = [name for name in (attention, mlp) if (name in written) != (name == mlp or middle is None)]
         if missing:
-            raise RuntimeError(f"{type(self).__name__} did not call {missing[0]} where a block of its kind does")
+            raise RuntimeError(
+                f"{type(self).__name__} did not call {missing[0]} where a block of its kind does"
+            )
         if middle is None:
             y, site = written[attention] + written[mlp], self.block_site
         else:
@@ -112,7 +114,7 @@ class MixedBlock:
 
 
 def shaped(x: Tensor, shape: torch.Size) -> Tensor:
-    """``x`` in this shape. Where it has it, itself: one node more, and its gradient would be summed in another order."""
+    """``x`` in this shape. Where it has it, itself: one node more would sum its gradient in another order."""
     return x if x.shape == shape else x.view(shape)
 
 
@@ -138,7 +140,13 @@ def connect(parts: Sequence[Parts], d_model: int, residual: str, **how) -> tuple
 
 
 def install(
-    blocks: Sequence[nn.Module], parts: Sequence[Parts], d_model: int, residual: str, *, start: str = "own", **how
+    blocks: Sequence[nn.Module],
+    parts: Sequence[Parts],
+    d_model: int,
+    residual: str,
+    *,
+    start: str = "own",
+    **how,
 ) -> None:
     """Join ``blocks``, in place; ``start`` as in :func:`depthmix.wrap`, the rest as in ``build_connection``."""
     for index, block in enumerate(blocks):
@@ -208,7 +216,7 @@ def find_all_parts(blocks: Sequence[nn.Module], call: Callable[[], object], what
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module, training: bool):
-    """Inside, ``model`` is in this mode, without gradients; its modes and all random states are as before afterwards."""
+    """Inside, ``model`` is in this mode, without gradients. Modes and random states are as before afterwards."""
     modes = {module: module.training for module in model.modules()}
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:

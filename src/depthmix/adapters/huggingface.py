@@ -1,4 +1,4 @@
-"""Causal language models of transformers with another residual connection: Llama, Qwen, SmolLM, Mistral, Gemma, GPT-2, ...
+"""Causal language models of transformers with another residual connection: Llama, Qwen, SmolLM2, GPT-2, Gemma, ...
 
 One way for all, and nothing of it knows a model by name: their modules run their own code, and only how blocks are
 joined is replaced (:mod:`depthmix.adapters.blocks`). A connection mixes over depth within one token, so the model's own
@@ -15,11 +15,16 @@ import json
 from pathlib import Path
 
 import torch
-import transformers
 from torch import nn
 
-from ..diagnostics.huggingface import PROBE
+from ..diagnostics.huggingface import INSTALL, PROBE
 from ..errors import UserError
+
+try:
+    import transformers
+except ModuleNotFoundError as error:
+    raise UserError(f"models of transformers need it installed: {INSTALL}") from error
+
 from .blocks import MixedBlock, adapt_blocks, connection_modules, install
 
 PREFIX = "depthmix-"
@@ -78,9 +83,13 @@ def adapt_language_model(
     if config.get_text_config() is not config:
         raise UserError(f"{name} is more than a language model; adapt its language model alone")
     if type(config).model_type not in transformers.CONFIG_MAPPING or _causal(type(config)) is not type(model):
-        raise UserError(f"{name} is no causal language model (...ForCausalLM) as AutoModelForCausalLM makes them")
+        raise UserError(
+            f"{name} is no causal language model (...ForCausalLM) as AutoModelForCausalLM makes them"
+        )
     if any(p.is_meta for p in model.parameters()):
-        raise UserError(f"{name} has weights on the meta device, and a run is needed to see what its blocks do")
+        raise UserError(
+            f"{name} has weights on the meta device, and a run is needed to see what its blocks do"
+        )
 
     vocabulary = model.get_input_embeddings().weight.shape[0]
     longest = getattr(config, "max_position_embeddings", None) or PROBE
@@ -183,7 +192,9 @@ def _checked(payload, length: int) -> dict:
     """``config.depthmix`` in the types that :func:`install` takes; it may come from anybody."""
     names = ("residual", "n_streams", "start", "options", "parts")
     if not isinstance(payload, dict) or set(payload) != set(names):
-        raise UserError(f"config.depthmix must hold {', '.join(names)}, as depthmix.adapt writes it; got {payload!r}")
+        raise UserError(
+            f"config.depthmix must hold {', '.join(names)}, as depthmix.adapt writes it; got {payload!r}"
+        )
     parts = payload["parts"]
     fits = isinstance(parts, list) and len(parts) in (1, length)
     if not fits or not all(

@@ -328,8 +328,8 @@ class HuggingFaceSubject(Subject):
 
 
 def find_parts(trace: dict, refusal: Callable[[str], UserError]) -> tuple[str, str, str | None]:
-    """Names of the children of a block that return what attention and what the MLP adds, and of the child that reads the
-    residual stream between the two (``None`` where they are in parallel), by a trace of one call (:func:`trace_calls`).
+    """Names of the children of a block that return what attention and what the MLP adds, and of the child that reads
+    the residual stream between the two (``None`` where they are in parallel), by a trace (:func:`trace_calls`).
 
     Raises what ``refusal`` makes of the reason, where a block is something else.
     """

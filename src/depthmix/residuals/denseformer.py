@@ -164,7 +164,8 @@ class DenseFormer(Residual):
         if earlier % self.per_block or later % self.per_block:
             return 0
         first, second = (
-            [self._sources(cut // self.per_block)[j] for j in self.site(cut).crossing()] for cut in (earlier, later)
+            [self._sources(cut // self.per_block)[j] for j in self.site(cut).crossing()]
+            for cut in (earlier, later)
         )
         same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
         return len(list(same))

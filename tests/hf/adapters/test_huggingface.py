@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,7 +37,14 @@ LLAMA = dict(
     pad_token_id=0,
 )
 GPT2 = dict(
-    vocab_size=V, n_embd=32, n_layer=LAYERS, n_head=4, n_positions=64, bos_token_id=None, eos_token_id=0, pad_token_id=0
+    vocab_size=V,
+    n_embd=32,
+    n_layer=LAYERS,
+    n_head=4,
+    n_positions=64,
+    bos_token_id=None,
+    eos_token_id=0,
+    pad_token_id=0,
 )
 WINDOW = dict(sliding_window=4, layer_types=["full_attention", "sliding_attention", "full_attention"])
 FAMILIES = {
@@ -128,7 +136,12 @@ def test_generates_with_its_cache_what_it_computes_without(family):
     model, close = (model, 1e-4) if family == "mixtral" else (model.double(), 1e-6)
     ids = tokens(3, 7)
     kept = model.generate(
-        ids, max_new_tokens=12, min_new_tokens=12, do_sample=False, output_logits=True, return_dict_in_generate=True
+        ids,
+        max_new_tokens=12,
+        min_new_tokens=12,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
     )
     again = ids
     for step in range(12):
@@ -207,7 +220,11 @@ def test_saved_and_loaded(family, tmp_path):
     ids = tokens()
     expected = model(input_ids=ids).logits
     model.save_pretrained(tmp_path)
-    for read in (transformers.AutoModelForCausalLM.from_pretrained, huggingface.load, type(model).from_pretrained):
+    for read in (
+        transformers.AutoModelForCausalLM.from_pretrained,
+        huggingface.load,
+        type(model).from_pretrained,
+    ):
         again = read(tmp_path)
         assert type(again) is type(model) and not again.training
         assert torch.equal(again(input_ids=ids).logits, expected)
@@ -218,7 +235,10 @@ def test_saved_and_loaded(family, tmp_path):
 
 def test_without_depthmix_it_is_refused_and_not_half_loaded(tmp_path):
     adapt(config_of(), "mgr-competitive").save_pretrained(tmp_path)
-    code = f"import transformers; transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})"
+    before = (Path(__file__).parent / "conftest.py").read_text(encoding="utf-8")
+    code = (
+        f"{before}\nimport transformers; transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})"
+    )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.returncode == 1 and "depthmix-llama" in ran.stderr
 
@@ -255,7 +275,9 @@ def test_weights_that_a_folder_lacks_start_as_the_equations_say(tmp_path):
             assert torch.equal(p, fresh[name]), name
 
 
-@pytest.mark.parametrize("residual", ["mgr-competitive", "mgr-competitive:stream_memory=inversion", "hc", "attnres"])
+@pytest.mark.parametrize(
+    "residual", ["mgr-competitive", "mgr-competitive:stream_memory=inversion", "hc", "attnres"]
+)
 def test_gradient_checkpointing_gives_the_same_gradients(residual):
     model = moved(adapt(build(), residual, n_streams=2)).train()
     ids = tokens()
@@ -298,7 +320,11 @@ def test_trainer_trains_saves_and_resumes_to_the_same_weights(tmp_path):
     for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b), name
     start = adapt(config_of(), "mgr-competitive", n_streams=3)
-    moved_away = [n for (n, a), b in zip(whole.named_parameters(), start.parameters(), strict=True) if not torch.equal(a, b)]
+    moved_away = [
+        n
+        for (n, a), b in zip(whole.named_parameters(), start.parameters(), strict=True)
+        if not torch.equal(a, b)
+    ]
     assert any("gate_weight" in name for name in moved_away)
 
 
@@ -371,7 +397,7 @@ def test_a_start_is_kept_with_what_is_saved(tmp_path):
 def test_siamese_and_moda_say_why_not():
     with pytest.raises(UserError, match="post-norm"):
         adapt(build(), "siamese", start="prenorm-scaled")
-    with pytest.raises(UserError, match="depthmix.GPT"):
+    with pytest.raises(UserError, match=r"depthmix\.GPT"):
         adapt(build(), "moda")
 
 
@@ -430,10 +456,10 @@ def test_beams_and_padding():
 
 def test_dropout_in_a_block_itself_is_refused():
     """Its output would be written without dropout."""
-    with pytest.raises(UserError, match="in training.*set it to 0"):
+    with pytest.raises(UserError, match=r"in training.*set it to 0"):
         adapt(build("opt", dropout=0.5), "mgr-competitive", n_streams=2)
     # One module for both of its outputs.
-    with pytest.raises(UserError, match="in training.*set it to 0"):
+    with pytest.raises(UserError, match=r"in training.*set it to 0"):
         adapt(build("phi", resid_pdrop=0.5), "mgr-competitive", n_streams=2)
     plain = build("gpt2", resid_pdrop=0.5)
     ids, logits = tokens(), []
@@ -464,7 +490,7 @@ def test_requests_that_cannot_be_met(tmp_path):
     with pytest.raises(UserError, match="encoder"):
         adapt(build("gpt2", add_cross_attention=True), "hc")
     build().save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="no model of depthmix.adapt"):
+    with pytest.raises(UserError, match=r"no model of depthmix\.adapt"):
         huggingface.load(tmp_path)
     with pytest.raises(UserError, match="holds no model"):
         huggingface.load(tmp_path / "nothing")

@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 
-timm = pytest.importorskip("timm")
+pytest.importorskip("timm")
+
+import timm
 
 from depthmix import adapt, available_residuals
 from depthmix.errors import UserError
@@ -48,7 +50,9 @@ def test_its_own_connection_is_the_model_itself(options):
         assert torch.equal(gradients[1][name], gradient), name
 
 
-@pytest.mark.parametrize("residual", [name for name in available_residuals() if name not in ("moda", "siamese")])
+@pytest.mark.parametrize(
+    "residual", [name for name in available_residuals() if name not in ("moda", "siamese")]
+)
 def test_a_trained_one_goes_on_where_it_is_and_learns(residual):
     model = build()
     expected = model(IMAGES)

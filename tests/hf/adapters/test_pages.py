@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.hf
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
+BEFORE = (Path(__file__).parent / "conftest.py").read_text(encoding="utf-8")
 CODE = [
     (page.name, code)
     for page in sorted((ROOT / "docs").glob("*.md"))
@@ -22,7 +23,7 @@ CODE = [
 def test_python(page, code, tmp_path):
     path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
     ran = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", f"{BEFORE}\n{code}"],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
