@@ -270,6 +270,36 @@ def test_cost_of_a_diagnosis_is_that_of_the_file():
     assert f"needs {large['peak_resident_gib']} GiB" in page
 
 
+# --- drop-in.md -----------------------------------------------------------------------------------
+
+
+def start_table():
+    """The table of docs/drop-in.md, made from the stored numbers."""
+    measured = json.loads((ROOT / "results/pretrained-start.json").read_text())
+    lines = ["| connection | `prenorm` | `prenorm-scaled` | `own` |", "|---|---|---|---|"]
+    for row in measured["rows"]:
+        cells = [
+            "–" if "refused" in row[start] else "{loss:.4f}, {largest_difference:.0e}".format(**row[start])
+            for start in ("prenorm", "prenorm-scaled", "own")
+        ]
+        if cells != ["–"] * 3:
+            lines.append(
+                f"| `{row['residual']}` | {' | '.join(cells)} |".replace("e+00", "").replace("e-0", "e-")
+            )
+    return measured, "\n".join(lines)
+
+
+def test_starts_of_a_trained_model_are_those_of_the_file():
+    page = text("drop-in.md")
+    measured, table = start_table()
+    assert table in page
+    assert f"the model's own loss is {measured['loss']:.4f}" in " ".join(page.split())
+    assert (measured["tokens"], measured["n_streams"]) == (256, 4)
+    for row in measured["rows"]:
+        for start in ("prenorm", "prenorm-scaled"):
+            assert "refused" in row[start] or row[start]["largest_difference"] < 1e-4
+
+
 # --- parallel.md ----------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -454,6 +455,34 @@ def test_beams_and_padding():
     assert torch.equal(together[0, 9 : 9 + alone.shape[1] - 6], alone[0, 6:])
 
 
+def test_static_cache():
+    model = moved(adapt(build(), "mgr-competitive", n_streams=3))
+    how = dict(attention_mask=torch.ones(2, 6), max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    texts = [model.generate(tokens(2, 6), **how, **kind) for kind in ({}, {"cache_implementation": "static"})]
+    assert torch.equal(*texts)
+
+
+def test_blocks_on_several_devices(tmp_path):
+    """One of them on the disk: what goes from block to block passes the hooks of accelerate."""
+    model = moved(adapt(build(), "mgr-competitive", n_streams=3))
+    model.save_pretrained(tmp_path)
+    places = dict.fromkeys(["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
+    places |= {f"model.layers.{i}": "disk" if i == 1 else "cpu" for i in range(LAYERS)}
+    divided = huggingface.load(tmp_path, device_map=places, offload_folder=tmp_path / "disk")
+    assert divided.model.layers[1].attn_site.pool_weight.is_meta
+    assert torch.equal(divided(input_ids=tokens()).logits, model(input_ids=tokens()).logits)
+
+
+def test_copied():
+    model = moved(adapt(build(), "hc", n_streams=2))
+    again = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    other = moved(adapt(build(), "hc", n_streams=2))
+    assert torch.equal(again(input_ids=tokens()).logits, other(input_ids=tokens()).logits)
+
+
 def test_dropout_in_a_block_itself_is_refused():
     """Its output would be written without dropout."""
     with pytest.raises(UserError, match=r"in training.*set it to 0"):
@@ -516,3 +545,19 @@ def test_a_configuration_from_anybody(tmp_path, change):
     path.write_text(json.dumps(config))
     with pytest.raises(ValueError):
         huggingface.load(tmp_path)
+
+
+@pytest.mark.skipif(
+    "DEPTHMIX_SMOLLM2" not in os.environ, reason="DEPTHMIX_SMOLLM2: scripts/unpack_smollm2.py's folder"
+)
+@pytest.mark.parametrize(
+    "residual, start", [("hc:merge=mean", "prenorm"), ("mgr-competitive", "prenorm-scaled")]
+)
+def test_a_model_that_others_trained(residual, start):
+    folder = os.environ["DEPTHMIX_SMOLLM2"]
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.arange(100, 164).unsqueeze(0)
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        found = adapt(model, residual, n_streams=4, start=start)(input_ids=ids).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
