@@ -3,6 +3,7 @@
 # make test-peers  install other implementations (1 GB) and compare with them
 # make test-kernels  the same installation: run the Triton kernels, on the GPU or in Triton's interpreter
 # make test-integrations  install DeepSpeed, Accelerate and Fabric: run examples/integrations on two processes
+# make test-hf   install transformers and timm: models of theirs with other connections
 # make test-nodes  two nodes, as network namespaces, that lose each other in training; needs root and iproute2
 # make docs    install mkdocs and build the site into build/site; fails on any warning
 # make package  build wheel and sdist into build/dist and check them in another environment
@@ -12,7 +13,7 @@ PYTHON ?= python3
 VENV ?= .venv
 export PYTHON
 
-.PHONY: demo test test-peers test-kernels test-integrations test-nodes docs package gpu-check lint clean
+.PHONY: demo test test-peers test-kernels test-integrations test-hf test-nodes docs package gpu-check lint clean
 demo: $(VENV)/.demo
 	$(VENV)/bin/depthmix compare --recipe quick --out runs/demo --resume
 
@@ -27,6 +28,9 @@ test-kernels: $(VENV)/.peers
 
 test-integrations: $(VENV)/.integrations
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m integrations tests/integrations
+
+test-hf: $(VENV)/.hf
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m hf tests/hf
 
 # 77: what it needs is missing here, and it has said so.
 test-nodes: $(VENV)/.test
@@ -63,6 +67,10 @@ $(VENV)/.integrations: pyproject.toml constraints-cpu.txt
 
 $(VENV)/.docs: pyproject.toml constraints-cpu.txt
 	scripts/install.sh $(VENV) test,dev,docs
+	@touch $@
+
+$(VENV)/.hf: pyproject.toml constraints-cpu.txt
+	scripts/install.sh $(VENV) test,dev,test-hf
 	@touch $@
 
 clean:

@@ -27,9 +27,12 @@ def rows(page, first):
     return [[cell.strip() for cell in line.strip("|").split("|")][1:] for line in lines]
 
 
-CODE = [
+BLOCKS = [
     (page.name, code) for page in PAGES for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
 ]
+HEAVY = re.compile(r"^import (transformers|timm)", re.M)
+"""Such code is run by tests/hf/test_pages.py."""
+CODE = [(name, code) for name, code in BLOCKS if not HEAVY.search(code)]
 
 
 @pytest.mark.parametrize("page, code", CODE, ids=[f"{name}-{i}" for i, (name, _) in enumerate(CODE)])
@@ -266,6 +269,36 @@ def test_cost_of_a_diagnosis_is_that_of_the_file():
     assert f"{seconds['removal']} for block removal on {xs['removal_texts']} of them" in page
     assert f"{seconds['gradients']} for gradients on {xs['gradient_texts']}" in page
     assert f"needs {large['peak_resident_gib']} GiB" in page
+
+
+# --- drop-in.md -----------------------------------------------------------------------------------
+
+
+def start_table():
+    """The table of docs/drop-in.md, made from the stored numbers."""
+    measured = json.loads((ROOT / "results/pretrained-start.json").read_text())
+    lines = ["| connection | `prenorm` | `prenorm-scaled` | `own` |", "|---|---|---|---|"]
+    for row in measured["rows"]:
+        cells = [
+            "–" if "refused" in row[start] else "{loss:.4f}, {largest_difference:.0e}".format(**row[start])
+            for start in ("prenorm", "prenorm-scaled", "own")
+        ]
+        if cells != ["–"] * 3:
+            lines.append(
+                f"| `{row['residual']}` | {' | '.join(cells)} |".replace("e+00", "").replace("e-0", "e-")
+            )
+    return measured, "\n".join(lines)
+
+
+def test_starts_of_a_trained_model_are_those_of_the_file():
+    page = text("drop-in.md")
+    measured, table = start_table()
+    assert table in page
+    assert f"the model's own loss is {measured['loss']:.4f}" in " ".join(page.split())
+    assert (measured["tokens"], measured["n_streams"]) == (256, 4)
+    for row in measured["rows"]:
+        for start in ("prenorm", "prenorm-scaled"):
+            assert "refused" in row[start] or row[start]["largest_difference"] < 1e-4
 
 
 # --- parallel.md ----------------------------------------------------------------------------------

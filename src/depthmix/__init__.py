@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from . import functional
+    from .adapters import adapt
     from .config import GPTConfig
     from .diagnostics.capture import capture
     from .match import match_params
     from .mixing import MixingMap, mixing_error, mixing_map
     from .model import GPT, KVCache
     from .residuals import MultiGateResidual, available_residuals, gate_bias_init
+    from .wrapping import wrap
 
 __version__ = "0.1.0.dev0"
 
@@ -25,12 +27,14 @@ _HOMES = {
     "KVCache": "model",
     "MixingMap": "mixing",
     "MultiGateResidual": "residuals",
+    "adapt": "adapters",
     "available_residuals": "residuals",
     "capture": "diagnostics.capture",
     "gate_bias_init": "residuals",
     "match_params": "match",
     "mixing_error": "mixing",
     "mixing_map": "mixing",
+    "wrap": "wrapping",
 }
 __all__ = [
     "GPT",
@@ -38,6 +42,7 @@ __all__ = [
     "KVCache",
     "MixingMap",
     "MultiGateResidual",
+    "adapt",
     "available_residuals",
     "capture",
     "functional",
@@ -45,6 +50,7 @@ __all__ = [
     "match_params",
     "mixing_error",
     "mixing_map",
+    "wrap",
 ]
 
 

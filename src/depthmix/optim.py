@@ -93,13 +93,22 @@ def parameter_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter
     """Names and parameters of ``model``, each in exactly one group.
 
     A residual connection's own parameters go where its sites say. Of the others, ``muon``: 2-D
-    parameters inside ``model.blocks``; ``adamw``: all with two dimensions or more (the embedding), with
+    parameters inside ``model.blocks``, the sublayers of :func:`depthmix.wrap` and the blocks of
+    :func:`depthmix.adapt`; ``adamw``: all with two dimensions or more (the embedding), with
     weight decay; ``adamw_no_decay``: vectors and scalars. A tied parameter appears once, under its first
     name. Raises ``ValueError`` for a parameter that fits no group, or two of them (tied between the trunk
     and something outside it).
     """
-    if not isinstance(getattr(model, "blocks", None), nn.Module):
-        raise ValueError(f"{type(model).__name__} has no module named 'blocks', where Muon's matrices are")
+    trunk = tuple(
+        f"{path}." for path, module in model.named_modules() if path and getattr(module, "in_trunk", False)
+    )
+    if isinstance(getattr(model, "blocks", None), nn.Module):
+        trunk += ("blocks.",)
+    if not trunk:
+        raise ValueError(
+            f"{type(model).__name__} has no module named 'blocks' and none of depthmix.wrap or depthmix.adapt, where "
+            f"Muon's matrices are"
+        )
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {"muon": [], "adamw": [], "adamw_no_decay": []}
     connection = {
         f"{path}.{name}": module.optimizer_group(name, parameter)
@@ -115,7 +124,7 @@ def parameter_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter
             group = connection[name]
         elif parameter.ndim < 2:
             group = "adamw_no_decay"
-        elif parameter.ndim == 2 and name.startswith("blocks."):
+        elif parameter.ndim == 2 and name.startswith(trunk):
             group = "muon"
         else:
             group = "adamw"
@@ -129,6 +138,17 @@ def parameter_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter
                 f"tie parameters within the trunk or outside it, not across"
             )
     return groups
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """The parameters of :func:`parameter_groups` as any torch optimiser takes them, those with ``weight_decay`` first.
+
+    Vectors, scalars and what a connection excludes have none. Frozen parameters are left out.
+    """
+    groups = parameter_groups(model)
+    decayed = [p for _, p in groups["muon"] + groups["adamw"] if p.requires_grad]
+    others = [p for _, p in groups["adamw_no_decay"] if p.requires_grad]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
 class MuonAdamW(torch.optim.Optimizer):

@@ -24,7 +24,7 @@ import contextlib
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -293,7 +293,7 @@ class HuggingFaceSubject(Subject):
         ids = torch.arange(2 * tokens, device=self.device).view(2, tokens) * 7919 % vocabulary
         ids[1, :-1] = ids[0, :-1]
         with contextlib.ExitStack() as stack:
-            traces = [stack.enter_context(_trace(block)) for block in self.blocks]
+            traces = [stack.enter_context(trace_calls(block)) for block in self.blocks]
             returned = self.decoder(input_ids=ids, use_cache=False)
         self._returned, hidden = type(returned), returned.last_hidden_state
         for i, trace in enumerate(traces):
@@ -317,46 +317,54 @@ class HuggingFaceSubject(Subject):
             )
 
     def _find_parts(self, index: int, trace: dict) -> _Parts:
-        modules = dict(self.blocks[index].named_children())
-        before, after = trace.pop("")
-        after = _only(after)
-        order = list(trace)
-        attention, mlp = (next((n for n in names if n in trace), None) for names in (ATTENTION, MLP))
-        for what, found, names in ("attention", attention, ATTENTION), ("MLP", mlp, MLP):
-            if found is None:
-                raise self._refusal(
-                    index,
-                    f"has no {what}: of its parts ({', '.join(order)}) none is called {', '.join(names)}",
-                )
-        norm = next((n for n in order if _shares(_only(trace[n][1]), trace[mlp][0])), mlp)
-        between = trace[norm][0]
-
-        def writers(first: str):
-            for name in order[order.index(first) :]:
-                out = _only(trace[name][1])
-                if isinstance(out, Tensor) and out.numel() == before.numel():
-                    yield name, out.view_as(before)
-
-        if _shares(between, before):
-            for a, x in writers(attention):
-                for m, y in writers(mlp):
-                    if _is_sum(after, before, x, y):
-                        return _Parts(modules[a], modules[m], None)
-            raise self._refusal(index, "does not add what its attention and its MLP return to what it reads")
-        between = between.view_as(before)
-        a = next((name for name, x in writers(attention) if _is_sum(between, before, x)), None)
-        m = next((name for name, y in writers(mlp) if _is_sum(after, between, y)), None)
-        if a is None or m is None:
-            raise self._refusal(
-                index,
-                f"does not add what its {'MLP' if a else 'attention'} returns to the residual stream as it is",
-            )
-        return _Parts(modules[a], modules[m], modules[norm])
+        block = self.blocks[index]
+        names = find_parts(trace, lambda why: self._refusal(index, why))
+        return _Parts(*(None if name is None else block.get_submodule(name) for name in names))
 
     def _refusal(self, index: int, why: str) -> UserError:
         return UserError(
             f"{self.name} cannot be diagnosed: block {index} ({type(self.blocks[index]).__name__}) {why}"
         )
+
+
+def find_parts(trace: dict, refusal: Callable[[str], UserError]) -> tuple[str, str, str | None]:
+    """Names of the children of a block that return what attention and what the MLP adds, and of the child that reads
+    the residual stream between the two (``None`` where they are in parallel), by a trace (:func:`trace_calls`).
+
+    Raises what ``refusal`` makes of the reason, where a block is something else.
+    """
+    before, after = trace.pop("")
+    after = _only(after)
+    order = list(trace)
+    attention, mlp = (next((n for n in names if n in trace), None) for names in (ATTENTION, MLP))
+    for what, found, names in ("attention", attention, ATTENTION), ("MLP", mlp, MLP):
+        if found is None:
+            raise refusal(
+                f"has no {what}: of its parts ({', '.join(order)}) none is called {', '.join(names)}"
+            )
+    norm = next((n for n in order if _shares(_only(trace[n][1]), trace[mlp][0])), mlp)
+    between = trace[norm][0]
+
+    def writers(first: str):
+        for name in order[order.index(first) :]:
+            out = _only(trace[name][1])
+            if isinstance(out, Tensor) and out.numel() == before.numel():
+                yield name, out.view_as(before)
+
+    if _shares(between, before):
+        for a, x in writers(attention):
+            for m, y in writers(mlp):
+                if _is_sum(after, before, x, y):
+                    return a, m, None
+        raise refusal("does not add what its attention and its MLP return to what it reads")
+    between = between.view_as(before)
+    a = next((name for name, x in writers(attention) if _is_sum(between, before, x)), None)
+    m = next((name for name, y in writers(mlp) if _is_sum(after, between, y)), None)
+    if a is None or m is None:
+        raise refusal(
+            f"does not add what its {'MLP' if a else 'attention'} returns to the residual stream as it is"
+        )
+    return a, m, norm
 
 
 # Files
@@ -435,7 +443,7 @@ def _forward(module: nn.Module, forward):
 
 
 @contextlib.contextmanager
-def _trace(block: nn.Module):
+def trace_calls(block: nn.Module):
     """A dict that fills as ``block`` runs: by child, in order, ``(first argument, result)``; ``""`` is the block."""
     trace = {}
 

@@ -70,6 +70,8 @@ def _settled(column_sums: Tensor, done: int) -> bool:
     """
     if not column_sums.is_cpu or isinstance(column_sums, FakeTensor) or done & (done - 1):
         return False
+    if column_sums.numel() == 0:
+        return True
     least, most = torch.aminmax(column_sums)
     within = 4 * torch.finfo(column_sums.dtype).eps
     return 1 - within <= least.item() and most.item() <= 1 + within

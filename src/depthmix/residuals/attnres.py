@@ -69,7 +69,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..errors import UserError
 from ..ops import reference
-from .base import Residual, Site, State
+from .base import Residual, Scaling, Site, State
 from .registry import register
 
 
@@ -177,6 +177,8 @@ class SourceSite(Site):
 class AttentionResiduals(Residual):
     """Sublayer l starts a new source where ``starts[l - 1]`` is true, and adds to the newest elsewhere."""
 
+    not_prenorm = None
+
     def __init__(self, config, starts: list[bool], key_norm: str):
         super().__init__(config)
         self.d_model, self.eps = config.d_model, config.norm_eps
@@ -193,6 +195,12 @@ class AttentionResiduals(Residual):
         means, lses = functional.source_pool_many(state[: sites[0].n_finished], mine, scale=1.0, eps=self.eps)
         # The first of each is of a reader in front of these, and dropped.
         return *state, means[0], *means, lses[0], *lses, queries
+
+    def start_as_prenorm(self, sites):
+        """The mean of the sources, which sum up to PreNorm's state."""
+        for site in sites:
+            site.reset_parameters()
+        return Scaling(1.0, tuple(float(1 + n) for n in itertools.accumulate(self.starts)))
 
     def unchanged(self, earlier, later):
         begun = sum(self.starts[:earlier])

@@ -40,10 +40,13 @@ A new connection is one file: subclass :class:`Residual` and :class:`Site`, deco
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+from ..errors import UserError
 
 if TYPE_CHECKING:
     from ..config import GPTConfig
@@ -147,6 +150,21 @@ def write_nothing(sites: Sequence[Site], state: State, like: Tensor) -> State:
     return state
 
 
+@dataclass(frozen=True)
+class Scaling:
+    """Fixed factors with which a trunk computes PreNorm's function (:meth:`Residual.start_as_prenorm`)."""
+
+    write: float
+    """Of every sublayer's output, before it is written."""
+    reads: tuple[float, ...]
+    """Of what is read behind sublayer 1 .. L; the last is the trunk's output."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is scaled: the connection as its equations say is PreNorm."""
+        return self.write == 1 and all(factor == 1 for factor in self.reads)
+
+
 class Residual(nn.Module):
     """A connection for a whole trunk: where it begins and ends, and the sites it is made of."""
 
@@ -156,6 +174,15 @@ class Residual(nn.Module):
     crosses_by_head = False
     """Whether tensors of four dimensions that cross a cut are ``[B, H, T, d]``, divided by heads under tensor
     parallelism (everything else is divided by tokens)."""
+
+    counts_blocks = False
+    """Whether something depends on which sublayers are one block: their number must then be whole blocks."""
+
+    not_wrapped: str | None = None
+    """Why sublayers that know nothing of the connection cannot be joined by it; ``None`` where they can."""
+
+    not_prenorm: str | None = "nobody has said where in its parameters PreNorm is"
+    """Why no parameters make it PreNorm, whatever is scaled; ``None`` where some do."""
 
     not_linear: str | None = None
     """Why inputs of sublayers are no linear mixture of earlier outputs; ``None`` where they are."""
@@ -200,6 +227,17 @@ class Residual(nn.Module):
         By default every site writes zeros, which is that where a write adds. ``state[0]`` is taken to be ``[B, T, D]``.
         """
         return write_nothing(sites, state, state[0])
+
+    def start_as_prenorm(self, sites: Sequence[Site]) -> Scaling:
+        """Set all parameters, those of ``sites`` 1 .. L too, to where every read is PreNorm's but for a fixed factor.
+
+        With outputs multiplied by ``write`` before they are written, and reads by ``reads``, the trunk then computes
+        what PreNorm does, to rounding. No gradient is zero for ever there. Raises ``UserError`` where
+        :attr:`not_prenorm` says why.
+        """
+        if self.not_prenorm is not None:
+            raise UserError(f"no PreNorm can be continued with this connection: {self.not_prenorm}")
+        return Scaling(1.0, (1.0,) * len(sites))
 
     def site(self, index: int) -> Site:
         """A new site for sublayer ``index`` (1 .. L); the caller owns it."""

@@ -135,8 +135,12 @@ class DepthAverageSite(Site):
     options=DenseFormerOptions,
 )
 class DenseFormer(Residual):
+    counts_blocks = True
+    not_prenorm = None
+
     def __init__(self, config, options):
         super().__init__(config)
+        self.per_block = config.n_sublayers // config.n_layer
         self.n_layer, self.dilation, self.period = config.n_layer, options.dilation, options.period
         last = self.n_layer // self.period * self.period
         if last < self.dilation:
@@ -157,21 +161,28 @@ class DenseFormer(Residual):
         return [*self._wanted(block - 1), block]
 
     def unchanged(self, earlier, later):
-        if earlier % 2 or later % 2:
+        if earlier % self.per_block or later % self.per_block:
             return 0
         first, second = (
-            [self._sources(cut // 2)[j] for j in self.site(cut).crossing()] for cut in (earlier, later)
+            [self._sources(cut // self.per_block)[j] for j in self.site(cut).crossing()]
+            for cut in (earlier, later)
         )
         same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
         return len(list(same))
+
+    def start_as_prenorm(self, sites):
+        for site in sites:
+            if isinstance(site, DepthAverageSite):
+                site.reset_parameters()
+        return super().start_as_prenorm(sites)
 
     def begin(self, x):
         return x, (x, x) if self._wanted(0) else (x,)
 
     def site(self, index):
-        if index % 2:
+        block, inside = divmod(index, self.per_block)
+        if inside:
             return AddSite()
-        block = index // 2
         sources = self._sources(block)
         read = None
         if block % self.period == 0:

@@ -31,6 +31,7 @@ the gradient of the identity path, :math:`\prod (1 - g)`.
 The trunk's output is x. The gates' matrices are AdamW's.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,7 +40,7 @@ from torch import nn
 
 from ..ops.channel_gate import admit, channel_gate, gated_update
 from ..ops.reference import compute_dtype
-from .base import Residual, Site
+from .base import Residual, Scaling, Site
 from .mgr import gate_bias_init
 from .registry import register
 
@@ -116,6 +117,8 @@ class ChannelGateSite(Site):
 class ChannelGates(Residual):
     """The same gate behind every sublayer; ``draw`` draws each from its own index."""
 
+    not_prenorm = None
+
     def __init__(
         self,
         config,
@@ -135,6 +138,16 @@ class ChannelGates(Residual):
 
     def without(self, state, sites, first):
         return state  # as with a shut gate
+
+    @torch.no_grad()
+    def start_as_prenorm(self, sites):
+        """Convex: gates of 1 / (l + 1), so that x is the mean of embedding and outputs. Else gates of one half."""
+        for index, site in enumerate(sites, start=1):
+            site.gate_weight.zero_()
+            site.gate_bias.fill_(-math.log(index) if self.keywords["convex"] else 0.0)
+        if not self.keywords["convex"]:
+            return Scaling(2.0, (1.0,) * len(sites))
+        return Scaling(1.0, tuple(float(index + 1) for index in range(1, len(sites) + 1)))
 
     def site(self, index):
         return ChannelGateSite(self.d_model, **self.keywords, draw=index if self.draw else None)

@@ -47,7 +47,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..ops import hyper
-from .base import Residual, Site, write_nothing
+from .base import Residual, Scaling, Site, write_nothing
 from .registry import register
 
 Merge = Literal["sum", "mean"]
@@ -63,6 +63,11 @@ def mixed(streams: Tensor, weights: Tensor) -> Tensor:
     return (weights.unsqueeze(-1) * streams).sum(-2)
 
 
+def scaling_of_copies(n: int, merge: Merge, sublayers: int) -> Scaling:
+    """Where every stream is PreNorm's sum: what is left to scale is how they merge."""
+    return Scaling(1.0, (1.0,) * (sublayers - 1) + (1.0 if merge == "mean" else 1 / n,))
+
+
 class Coefficients(nn.Module):
     """What computes the coefficients of one sublayer: ``family`` does, from ``values()``.
 
@@ -76,6 +81,10 @@ class Coefficients(nn.Module):
     def values(self) -> tuple[Tensor | None, ...]:
         """The parameters in the order ``family`` takes them."""
         raise NotImplementedError
+
+    def start_as_prenorm(self) -> None:
+        """Set the parameters so that n equal streams stay equal, and PreNorm's."""
+        self.reset_parameters()
 
     def reference(self, streams: Tensor) -> Tensor:
         """``C [..., n + 2, n]`` of ``streams [..., n, D]``, in the compute dtype."""
@@ -151,6 +160,8 @@ def decayed_group(coefficients: Coefficients, name: str) -> str:
 class HyperResidual(Residual):
     """n copies at the beginning, a :class:`HyperSite` behind every sublayer; ``coefficients`` makes the rest."""
 
+    not_prenorm = None
+
     def __init__(self, config, options):
         super().__init__(config)
         self.d_model, self.n_streams, self.eps = config.d_model, config.n_streams, config.norm_eps
@@ -165,6 +176,11 @@ class HyperResidual(Residual):
         streams = copies(x, self.n_streams)
         h, coefficients = hyper.begin(streams, self.first.family, self.first.values())
         return h, (streams, coefficients)
+
+    def start_as_prenorm(self, sites):
+        for coefficients in (self.first, *(site.following for site in sites[:-1])):
+            coefficients.start_as_prenorm()
+        return scaling_of_copies(self.n_streams, self.options.merge, len(sites))
 
     def begin_gates(self, x):
         return (self.first.reference(copies(x, self.n_streams))[..., -1, :],)
@@ -277,6 +293,8 @@ class StaticOptions:
 
 @register("hc-static", "n streams mixed by learned matrices", options=StaticOptions, fields=("n_streams",))
 class StaticHyperConnections(Residual):
+    not_prenorm = None
+
     def __init__(self, config, options):
         super().__init__(config)
         self.n_streams, self.n_sublayers, self.options = config.n_streams, config.n_sublayers, options
@@ -290,6 +308,11 @@ class StaticHyperConnections(Residual):
     def begin(self, x):
         streams = copies(x, self.n_streams)
         return hyper.read(streams, self.width.expand(streams.shape[:-1])), (streams,)
+
+    def start_as_prenorm(self, sites):
+        for module in (self, *sites):
+            module.reset_parameters()
+        return scaling_of_copies(self.n_streams, self.options.merge, len(sites))
 
     def begin_gates(self, x):
         dtype = hyper.compute_dtype(x.dtype)

@@ -38,7 +38,7 @@ from ..errors import UserError, suggest
 from ..ops import reference
 from ..ops.inversion import Fallback
 from ..ops.mgr import mgr_step, step_values, steps_between_writes
-from .base import Residual, Site
+from .base import Residual, Scaling, Site
 from .registry import register
 
 
@@ -353,6 +353,8 @@ class MultiGateResiduals(Residual):
     ``bias``: the initial bias of a sigmoid gate, in place of Eq. 14; the competitive gate gets ``-bias`` as b_0.
     """
 
+    not_prenorm = None
+
     def __init__(self, config, gate: str, update_gate: bool = False, bias: float | None = None):
         super().__init__(config)
         self.update_gate = update_gate
@@ -402,6 +404,19 @@ class MultiGateResiduals(Residual):
 
     def without(self, state, sites, first):
         return None if first < self.n_streams else state  # the ramp's outputs are the streams
+
+    @torch.no_grad()
+    def start_as_prenorm(self, sites):
+        """Gates of 1 / (l + 1) and pools that are means: every read is the mean of embedding and outputs."""
+        for index, site in enumerate(sites, start=1):
+            site.reset_parameters()
+            if isinstance(site, LerpSite):
+                if site.gate == "competitive":
+                    # softmax over exp(b_0) and n ones
+                    site.gate_bias[0] = math.log(index + 1 - self.n_streams)
+                else:
+                    site.gate_bias.fill_(-math.log(index))
+        return Scaling(1.0, tuple(float(index + 1) for index in range(1, len(sites) + 1)))
 
     def unchanged(self, earlier, later):
         return earlier + 1 if later + 1 < self.n_streams else 0  # in the ramp, streams are separate tensors

@@ -50,6 +50,7 @@ With n = 1 every doubly stochastic matrix is 1: :math:`z_{res}` does not exist, 
 :math:`H_{post}` are left.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -93,6 +94,24 @@ class ManifoldCoefficients(Coefficients):
             residual[:1] = 0.0  # the identity is the first permutation
         else:
             residual[:: n + 1] = 0.0
+
+    @torch.no_grad()
+    def start_as_prenorm(self) -> None:
+        """H_post = 1 for every stream, and H_pre sums to 1: still .731 for stream j, the rest in equal parts, so that
+        the streams part. H_res passes equal streams on unchanged, whatever it is."""
+        n = self.n_streams
+        if n == 1:
+            raise UserError(
+                "with n_streams = 1 the read is sigmoid(z) of the one stream, which no z makes 1: no PreNorm can be "
+                "continued. Use n_streams of at least 2"
+            )
+        self.reset_parameters()
+        pre, post = self.bias[:n], self.bias[n : 2 * n]
+        post.zero_()
+        own = 1 / (1 + math.exp(-1))
+        for stream in range(n):
+            share = own if stream == self.sublayer % n else (1 - own) / (n - 1)
+            pre[stream] = math.log(share / (1 - share))
 
     def values(self):
         return self.projection, self.bias, self.alpha

@@ -103,6 +103,11 @@ class MLPSite(AttentionSite):
 @register("moda", "PreNorm whose attentions also read the keys and values of earlier sublayers")
 class MixtureOfDepthsAttention(Residual):
     crosses_by_head = True
+    not_wrapped = (
+        "moda's attentions read keys and values of earlier sublayers inside their softmax, which a module that maps "
+        "[*, D] to [*, D] has no place for. depthmix.GPT has such attentions"
+    )
+    not_prenorm = "depth takes part of the attention's weight from the first step on"
     not_linear = (
         "moda reads earlier layers through keys and values inside each attention: a sublayer's output depends "
         "on them beyond its input, so what earlier outputs contribute is not a linear mixture of outputs"

@@ -32,5 +32,7 @@ class AddSite(Site):
 
 @register("prenorm", "x <- x + F(x): the baseline")
 class PreNorm(Residual):
+    not_prenorm = None
+
     def site(self, index):
         return AddSite()

@@ -66,6 +66,8 @@ class SiameseSite(Site):
 
 @register("siamese", "a post-norm and a pre-norm stream that share every sublayer")
 class SiameseNorm(Residual):
+    counts_blocks = True
+    not_prenorm = "its post-norm divides one of the two streams by its own size behind every sublayer"
     not_linear = (
         "a post-norm divides the x stream by its own size after every sublayer, so the inputs of sublayers are no "
         "linear mixture of the embedding and earlier outputs"
@@ -74,6 +76,7 @@ class SiameseNorm(Residual):
     def __init__(self, config, options=None):
         super().__init__(config)
         self.d_model, self.eps = config.d_model, config.norm_eps
+        self.per_block = config.n_sublayers // config.n_layer
         self.post_weight = nn.Parameter(torch.empty(config.d_model))
         self.pre_weight = nn.Parameter(torch.empty(config.d_model))
         self.reset_parameters()
@@ -88,5 +91,5 @@ class SiameseNorm(Residual):
         return x + rms_norm(embedding, self.pre_weight, self.eps), (x, embedding)
 
     def site(self, index):
-        block = (index - 1) // 2
-        return SiameseSite(self.d_model, 1 / math.sqrt(2 * (block + 1)), self.eps)
+        through = -(-index // self.per_block) * self.per_block  # sublayers up to the end of the block
+        return SiameseSite(self.d_model, 1 / math.sqrt(through), self.eps)
