@@ -175,7 +175,7 @@ class Attention(nn.Module):
         return y if memory is None else (y, (memory, depth_key, depth_value))
 
     def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-        """``(q, k, v, depth_query, depth_key)``, each ``[B, H, T, d]``, of ``x [B, T, D]``. cos, sin: ``[..., T, d/2]``.
+        """``(q, k, v, depth_query, depth_key)``, each ``[B, H, T, d]``, of ``x [B, T, D]``; cos, sin ``[..., T, d/2]``.
 
         One token's query and key are turned by the same angle, so what meets at one token needs no rotation: the last
         two have none.

@@ -13,9 +13,11 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-openai = pytest.importorskip("openai")
+pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
+
+import openai
 
 from depthmix.checkpoint import load_model
 from depthmix.generation import generate
@@ -34,7 +36,9 @@ def served(exported, tmp_path_factory):
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("serve") / "log"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
     command = [sys.executable, "-m", "depthmix.hf", "serve", str(folder), "--host", "127.0.0.1"]
     with open(log, "w") as out:
         server = subprocess.Popen(
@@ -48,7 +52,9 @@ def served(exported, tmp_path_factory):
                 break
             except OSError:
                 time.sleep(0.5)
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=300, max_retries=0)
+        client = openai.OpenAI(
+            base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=300, max_retries=2
+        )
         yield run, folder, client
     finally:
         server.terminate()
@@ -64,7 +70,9 @@ def by_hand(run, prompt: str, tokens: int) -> str:
 
 def ask(served, prompt, **options):
     _, folder, client = served
-    return client.completions.create(model=str(folder), prompt=prompt, max_tokens=10, temperature=0, **options)
+    return client.completions.create(
+        model=str(folder), prompt=prompt, max_tokens=10, temperature=0, **options
+    )
 
 
 def test_completion_is_the_runs(served):
