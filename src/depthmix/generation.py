@@ -45,6 +45,7 @@ def generate(
     end_token: int | None = None,
     vocab_size: int | None = None,
     use_cache: bool = True,
+    compile: str | None = None,
 ) -> Iterator[Tensor]:
     """Yield the next token of every sequence, ``[B]``, up to ``max_new_tokens`` times.
 
@@ -59,6 +60,8 @@ def generate(
         end_token: stop when every sequence has produced it; a sequence that has repeats it.
         vocab_size: ids from here on are padding rows of the embedding and never sampled.
         use_cache: keep keys and values. Without, every token is computed from the whole prefix.
+        compile: a backend of ``torch.compile`` (``"inductor"``): every token behind the prompts goes through one graph, over
+            a cache whose shapes do not change.
 
     Raises:
         ValueError: an argument is out of range or the text would not fit.
@@ -74,6 +77,8 @@ def generate(
         raise UserError(f"top_k must be at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise UserError(f"top_p must be above 0 and at most 1, got {top_p}")
+    if compile is not None and not use_cache:
+        raise UserError("compile is for tokens read from a cache; leave out use_cache=False")
     if ids.shape[1] + max_new_tokens > model.config.seq_len + 1:
         raise UserError(
             f"a prompt of {ids.shape[1]} tokens and {max_new_tokens} new ones do not fit the model's context "
@@ -81,7 +86,18 @@ def generate(
             f"{max(0, model.config.seq_len + 1 - ids.shape[1])} tokens"
         )
     return _generate(
-        model, ids, padding, max_new_tokens, temperature, top_k, top_p, seed, end_token, vocab_size, use_cache
+        model,
+        ids,
+        padding,
+        max_new_tokens,
+        temperature,
+        top_k,
+        top_p,
+        seed,
+        end_token,
+        vocab_size,
+        use_cache,
+        compile,
     )
 
 
@@ -107,7 +123,18 @@ def side_by_side(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
 
 @torch.inference_mode()
 def _generate(
-    model, ids, padding, max_new_tokens, temperature, top_k, top_p, seed, end_token, vocab_size, use_cache
+    model,
+    ids,
+    padding,
+    max_new_tokens,
+    temperature,
+    top_k,
+    top_p,
+    seed,
+    end_token,
+    vocab_size,
+    use_cache,
+    compile,
 ):
     device = model.embed.weight.device
     ids = ids.to(device)
@@ -118,13 +145,16 @@ def _generate(
     else:
         generator.manual_seed(seed)
     room = ids.shape[0], ids.shape[1] + max_new_tokens, device, model.embed.weight.dtype, padding
-    cache = KVCache.empty(model.config, *room) if use_cache else None
+    cache = KVCache.empty(model.config, *room, fixed=compile is not None) if use_cache else None
+    step = model
     finished = torch.zeros(ids.shape[0], dtype=torch.bool, device=device)
     unread = ids
     for _ in range(max_new_tokens):
         if not use_cache and padding is not None:  # padding is a cache's
             cache = KVCache.empty(model.config, *room)
-        logits = model(unread if use_cache else ids, cache=cache)[:, -1]
+        logits = step(unread if use_cache else ids, cache=cache)[:, -1]
+        if compile is not None and step is model:
+            step = torch.compile(model, backend=compile, fullgraph=True)
         if vocab_size is not None:
             logits = logits[:, :vocab_size]
         if temperature == 0:

@@ -38,12 +38,17 @@ class KVCache:
 
     ``padding [B]``, whole numbers: so many tokens at the beginning of each sequence are there only to make all
     sequences equally long. Nobody reads them, and positions are counted from behind them.
+
+    ``place []``, a whole number on the device, stands for ``length`` in a cache whose shapes never change (``fixed``):
+    every token reads all of the room there is, through a mask, so that one compiled graph or one CUDA graph serves them
+    all. Whether a token still fits is then for the caller to know.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
     length: int = 0
     padding: Tensor | None = None
+    place: Tensor | None = None
     _mask: Tensor | None = None
 
     @classmethod
@@ -55,22 +60,32 @@ class KVCache:
         device=None,
         dtype=torch.float32,
         padding: Tensor | None = None,
+        fixed: bool = False,
     ) -> "KVCache":
         """Room for ``capacity`` tokens of ``batch`` sequences."""
         shape = (batch, config.n_head, capacity, config.head_dim)
         keys, values = (
             [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)] for _ in range(2)
         )
-        return cls(keys, values, padding=padding)
+        place = torch.zeros((), dtype=torch.long, device=device) if fixed else None
+        return cls(keys, values, padding=padding, place=place)
 
     @property
     def capacity(self) -> int:
         return self.keys[0].shape[2]
 
     def positions(self, tokens: int) -> Tensor:
-        """``[B, T]``, of the next ``tokens``; 0 for padding. Only where there is padding."""
-        place = torch.arange(self.length, self.length + tokens, device=self.padding.device)
-        return (place - self.padding.unsqueeze(1)).clamp_min_(0)
+        """``[B, T]`` or ``[1, T]``, of the next ``tokens``; 0 for padding."""
+        start = self.length if self.place is None else self.place
+        place = (torch.arange(tokens, device=self.keys[0].device) + start).unsqueeze(0)
+        return place if self.padding is None else (place - self.padding.unsqueeze(1)).clamp_min(0)
+
+    def advance(self, tokens: int) -> None:
+        """So many tokens have been written by all blocks."""
+        if self.place is None:
+            self.length += tokens
+        else:
+            self.place.add_(tokens)
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Take ``keys, values [B, H, T, d]`` of the next tokens; all so far, and what of them each token may read.
@@ -78,6 +93,8 @@ class KVCache:
         The last is bool, ``[T, S]`` or ``[B, 1, T, S]``; ``None`` where the usual causal rule says it.
         """
         tokens = keys.shape[2]
+        if self.place is not None:
+            return self._write_fixed(layer, keys, values)
         start, end = self.length, self.length + tokens
         self.keys[layer][:, :, start:end] = keys
         self.values[layer][:, :, start:end] = values
@@ -89,6 +106,17 @@ class KVCache:
             self.values[layer][:, :, :end].to(keys.dtype),
             mask,
         )
+
+    def _write_fixed(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        index = torch.arange(keys.shape[2], device=keys.device) + self.place
+        held = self.keys[layer], self.values[layer]
+        for buffer, new in zip(held, (keys, values), strict=True):
+            buffer.index_copy_(2, index, new.to(buffer.dtype))
+        room, index = torch.arange(self.capacity, device=keys.device), index.unsqueeze(1)
+        mask = room <= index
+        if self.padding is not None:
+            mask = mask & (room >= self.padding[:, None, None, None]) | (room == index)
+        return *(buffer.to(keys.dtype) for buffer in held), mask
 
     def _readable(self, start: int, end: int, device) -> Tensor:
         if self._mask is None or self._mask.shape[-2:] != (end - start, end):
@@ -369,12 +397,12 @@ class GPT(nn.Module):
         start = 0 if cache is None else cache.length
         end = start + ids.shape[1]
         limit = self.config.seq_len if cache is None else min(self.config.seq_len, cache.capacity)
-        if end > limit:
+        if end > limit and (cache is None or cache.place is None):
             raise UserError(
                 f"{end} tokens do not fit: the model was built for seq_len = {self.config.seq_len}"
                 + ("" if cache is None else f" and the cache holds {cache.capacity}")
             )
-        if cache is None or cache.padding is None:
+        if cache is None or (cache.padding is None and cache.place is None):
             cos, sin = self.rotary(ids, start)
         else:
             cos, sin = (table[cache.positions(ids.shape[1])][:, None, None] for table in self._tables())
@@ -387,7 +415,7 @@ class GPT(nn.Module):
             h, state = block(h, state, cos, sin, cache, layer, normed=normed, next_norm=norm)
             normed = norm is not None
         if cache is not None:
-            cache.length = end
+            cache.advance(ids.shape[1])
         return self.norm(self.residual.finish(h, state))
 
     def forward(self, ids: Tensor, targets: Tensor | None = None, *, cache: KVCache | None = None):
