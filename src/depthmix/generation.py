@@ -60,8 +60,8 @@ def generate(
         end_token: stop when every sequence has produced it; a sequence that has repeats it.
         vocab_size: ids from here on are padding rows of the embedding and never sampled.
         use_cache: keep keys and values. Without, every token is computed from the whole prefix.
-        compile: a backend of ``torch.compile`` (``"inductor"``): every token behind the prompts goes through one graph, over
-            a cache whose shapes do not change.
+        compile: a backend of ``torch.compile`` (``"inductor"``): every token behind the prompts goes through one graph,
+            over a cache whose shapes do not change.
 
     Raises:
         ValueError: an argument is out of range or the text would not fit.

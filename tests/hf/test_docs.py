@@ -34,7 +34,7 @@ def test_commands_and_code(tmp_path):
             # Serving does not end: test_serve.py runs it.
             if words and "serve" not in words:
                 run.append(["-m", *words] if words[0] == "depthmix" else words[1:])
-    assert len(run) == 11
+    assert len(run) == 12
     for words in run:
         ran = subprocess.run(
             [sys.executable, *words],
