@@ -139,6 +139,12 @@ class DepthmixPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As everywhere, from safetensors: pickles are opened only for ``use_safetensors=False``."""
+        kwargs.setdefault("use_safetensors", True)
+        return super().from_pretrained(*args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module):
         """Weights that no file gave: :meth:`depthmix.GPT.init_weights` in distribution."""
