@@ -3,7 +3,7 @@
 # make test-peers  install other implementations (1 GB) and compare with them
 # make test-kernels  the same installation: run the Triton kernels, on the GPU or in Triton's interpreter
 # make test-integrations  install DeepSpeed, Accelerate and Fabric: run examples/integrations on two processes
-# make test-hf   install transformers and timm: models of theirs with other connections
+# make test-hf  install transformers, timm and others: models in and out, served, evaluated
 # make test-nodes  two nodes, as network namespaces, that lose each other in training; needs root and iproute2
 # make docs    install mkdocs and build the site into build/site; fails on any warning
 # make package  build wheel and sdist into build/dist and check them in another environment
@@ -30,7 +30,7 @@ test-integrations: $(VENV)/.integrations
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m integrations tests/integrations
 
 test-hf: $(VENV)/.hf
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m hf tests/hf
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -m hf tests/hf
 
 # 77: what it needs is missing here, and it has said so.
 test-nodes: $(VENV)/.test
@@ -70,7 +70,7 @@ $(VENV)/.docs: pyproject.toml constraints-cpu.txt
 	@touch $@
 
 $(VENV)/.hf: pyproject.toml constraints-cpu.txt
-	scripts/install.sh $(VENV) test,dev,test-hf
+	scripts/install.sh $(VENV) test,dev,hf,serve,test-hf
 	@touch $@
 
 clean:

@@ -49,7 +49,8 @@ def test_process_help_version_and_error():
     assert wrong.returncode == 2 and wrong.stdout == ""
     assert wrong.stderr == (
         "depthmix: unknown verb 'trian'. Did you mean 'train'? "
-        "Valid: train, watch, compare, depth-sweep, generate, map, diagnose, bench, plan, comm, data, export, info\n"
+        "Valid: train, watch, compare, depth-sweep, generate, map, diagnose, bench, plan, comm, data, export, import, "
+        "info\n"
     )
 
 
@@ -131,7 +132,13 @@ def test_train_passes_what_was_asked(fake_train, tmp_path):
     assert type(config) is type(PRESETS["S"]) and type(config.model) is type(PRESETS["S"].model)
     assert config.model.d_model == PRESETS["S"].model.d_model and config.steps == PRESETS["S"].steps
     assert str(fake_train.run_dir) == out
-    assert fake_train.options == {"resume": False, "quiet": True, "report": True, "timeout_s": 600.0}
+    assert fake_train.options == {
+        "resume": False,
+        "init_from": None,
+        "quiet": True,
+        "report": True,
+        "timeout_s": 600.0,
+    }
 
 
 @pytest.mark.parametrize("drawn", [True, False])

@@ -88,3 +88,31 @@ def test_sampling_follows_the_distribution(model):
 def test_bad_options_are_named_at_the_call(model, options, message):
     with pytest.raises(ValueError, match=message):
         generate(model, torch.zeros(1, 5, dtype=torch.long), **(dict(max_new_tokens=3) | options))
+
+
+def test_one_graph_serves_all_tokens(model):
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    prompts = [torch.randint(0, 50, (length,)) for length in (9, 1, 4)]
+    counter = CompileCounter()
+    found = tokens(model, prompts, 20, temperature=0, compile=counter)
+    assert torch.equal(found, tokens(model, prompts, 20, temperature=0))
+    assert counter.frame_count == 1
+    one = tokens(model, prompts[0][None], 20, temperature=0, compile="eager")
+    assert torch.equal(one[0], found[0])
+    with pytest.raises(ValueError, match="compile is for tokens read from a cache"):
+        generate(model, prompts, 3, use_cache=False, compile="eager")
+
+
+@pytest.mark.parametrize("options", [dict(temperature=0), dict(temperature=0, use_cache=False)])
+def test_unequal_prompts_are_each_alone(model, options):
+    prompts = [torch.randint(0, 50, (length,)) for length in (9, 1, 4)]
+    together = tokens(model, prompts, 20, **options)
+    for prompt, found in zip(prompts, together, strict=True):
+        assert torch.equal(found, tokens(model, prompt[None], 20, **options)[0])
+    assert torch.equal(tokens(model, prompts[:1] * 2, 5, **options)[0], together[0, :5])
+    with pytest.raises(ValueError, match="prompts must be one or more"):
+        generate(model, [prompts[0], prompts[0][:0]], 3)
+    with pytest.raises(ValueError, match="do not fit the model's context"):
+        generate(model, prompts, 33)

@@ -15,7 +15,10 @@ pieces, and no random states::
     optimizer/shard-00001.safetensors ...   and of the optimiser's state
     state.json, manifest.json               as above, with "layout": "sharded"
 
-All functions here read both, and give whole tensors.
+One that was imported (:mod:`depthmix.exchange`) holds ``model.safetensors``, ``state.json`` and ``manifest.json``
+alone: a training can start from its weights, and not go on from it.
+
+All functions here read all of these, and give whole tensors.
 
 It is written into a hidden folder beside, every file and the folder synced, then renamed: the name
 ``step-...`` never stands for anything incomplete. Only then is an older checkpoint dropped, by a
@@ -49,7 +52,8 @@ from .optim import MuonAdamW
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
 _SAVING, _DELETING = ".saving-", ".deleting-"
-_FILES = ("model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json")
+_FILES = ("model.safetensors", "state.json")
+_TRAINING_FILES = ("optimizer.safetensors", "random.safetensors")
 _PARTS = ("model", "optimizer")
 SHARDED = "sharded"
 """The layout, in ``state.json``, of a checkpoint in pieces; one in whole files names none."""
@@ -215,6 +219,20 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: MuonAd
     return target
 
 
+def save_weights(folder: Path, step: int, weights: dict[str, Tensor], state: dict) -> Path:
+    """Write weights alone as checkpoint ``step`` of ``folder`` (RUN/checkpoints) and return its path.
+
+    Raises ``OSError`` or ``SafetensorError``; :func:`reason` says in words what either means.
+    """
+    beside = prepare(folder, step)
+    write_tensors(beside / "model.safetensors", weights)
+    return commit(
+        beside,
+        {"format": FORMAT, "step": step, **state, "versions": versions()},
+        {"model.safetensors": entry(beside / "model.safetensors")},
+    )
+
+
 def commit(beside: Path, state: dict, files: dict[str, dict]) -> Path:
     """Turn the hidden folder ``beside``, whose tensors are on the disk, into a checkpoint; its path.
 
@@ -364,7 +382,7 @@ def _listed(checkpoint: Path) -> dict[str, dict]:
         whole = False
     except OSError as error:
         raise _Wrong(f"manifest.json cannot be read: {reason(error)}") from error
-    # In whole files, all of them; in pieces, as many as there were processes that had something to write.
+    # In pieces, there are as many files as there were processes that had something to write.
     expected = _FILES if whole and "model.safetensors" in files else ("state.json",)
     if not whole or not files.keys() >= set(expected):
         raise _Wrong("manifest.json is damaged")
@@ -465,6 +483,11 @@ def load_checkpoint(checkpoint: Path, *, training: bool = True) -> Checkpoint:
     if wrong is not None:
         raise damaged(checkpoint, wrong)
     state = read_state(checkpoint)
+    if training and has_weights_alone(checkpoint):
+        raise UserError(
+            f"checkpoint {checkpoint} was imported and holds weights alone, so no training can go on from it; "
+            f"start one from them with depthmix train --init-from {checkpoint.parent.parent} --out NEW_RUN"
+        )
     if state.get("layout") == SHARDED:
         from .parallel.checkpoint import whole_tensors
 
@@ -479,6 +502,12 @@ def load_checkpoint(checkpoint: Path, *, training: bool = True) -> Checkpoint:
         random=tensors.get("random", {}),
         state=state,
     )
+
+
+def has_weights_alone(checkpoint: Path) -> bool:
+    """Whether a checkpoint in whole files lacks what a training needs to go on from it."""
+    files = _listed(checkpoint)
+    return "model.safetensors" in files and not files.keys() >= set(_TRAINING_FILES)
 
 
 def check_is_folder(checkpoint: Path) -> None:
@@ -569,6 +598,19 @@ def load_model(
             weights[name].data = weights[name].data.to(saved.dtype)
     _copy_into(weights, checkpoint.model, place(folder, "model"))
     return model.to(device).eval(), config
+
+
+@torch.no_grad()
+def start_from(model: nn.Module, path: Path) -> None:
+    """Put the weights of a run folder (its best checkpoint, else its newest) or a checkpoint folder into ``model``.
+
+    Each in the dtype that the model has. Raises ``UserError`` when there is no checkpoint at ``path``, ``RunError``
+    when it is damaged or of another shape.
+    """
+    folder = checkpoint_at(path)
+    saved, live = load_checkpoint(folder, training=False).model, _weights(model)
+    saved = {name: t.to(live[name].dtype) if name in live else t for name, t in saved.items()}
+    _copy_into(live, saved, place(folder, "model"))
 
 
 def _copy_into(live: dict[str, Tensor], saved: dict[str, Tensor], file: Path) -> None:

@@ -37,7 +37,8 @@ VERBS = {
     "plan": "price a training on many devices: best split, step time, memory of each connection",
     "comm": "count the bytes that cross between processes, beside the formulas",
     "data": "prepare or inspect training data (data prepare, data inspect)",
-    "export": "write the weights of a run or checkpoint to one file for other programs",
+    "export": "write a trained model for other programs: one file of weights, or a folder for transformers",
+    "import": "make a run folder of one that transformers loads",
     "info": "sizes and costs of a model without building it; --list names the residual connections",
 }
 
@@ -147,6 +148,7 @@ def _dispatch(argv: list[str]) -> int:
         "comm": _comm,
         "data": _data,
         "export": _export,
+        "import": _import,
         "info": _info,
     }
     return verbs[verb](rest)
@@ -166,6 +168,8 @@ class Train:
     """Named configuration to start from: quick, depth, xs, S, M or L; the options below change single values."""
     config: str | None = None
     """Start from this config.json instead of a preset."""
+    init_from: str | None = None
+    """Start from the weights of this run folder or checkpoint instead of fresh ones; it must be of the same sizes."""
     out: str | None = None
     """Run folder. Default: runs/PRESET-RESIDUAL-sSEED."""
     resume: FlagCreatePairsOff[bool] = False
@@ -197,7 +201,13 @@ def _train(argv: list[str]) -> int:
 
     try:
         result = train(
-            config, run_dir, resume=args.resume, quiet=args.quiet, report=args.report, timeout_s=args.timeout
+            config,
+            run_dir,
+            resume=args.resume,
+            init_from=args.init_from,
+            quiet=args.quiet,
+            report=args.report,
+            timeout_s=args.timeout,
         )
     except Interrupted as stop:
         again = f"depthmix train --out {shlex.quote(str(run_dir))} --resume"
@@ -400,22 +410,26 @@ examples:
 
 @dataclass(frozen=True)
 class Export:
-    """Write the weights of a trained model to one file, whatever number of processes trained it.
+    """Write a trained model for other programs, whatever number of processes trained it.
 
-    Example: depthmix export runs/mgr --to safetensors --out mgr.safetensors
+    Example: depthmix export runs/mgr --to hf --out exported
     """
 
     run: Annotated[Positional[str], arg(metavar="RUN")]
     """Run folder (its best checkpoint is taken, else its newest), or one checkpoint folder in it."""
     to: str = "safetensors"
-    """Format of the file: safetensors, the parameters under their names in the model."""
+    """Format: safetensors, one file with the parameters under their names in the model; hf, a folder that transformers
+    loads, after import depthmix.hf: weights, configuration, tokenizer, model card."""
     out: str = ""
-    """The file."""
+    """The file, or the folder."""
+    standalone: FlagCreatePairsOff[bool] = False
+    """With --to hf: put the model's code into the folder, so that it loads with trust_remote_code=True where there is
+    no depthmix."""
     overwrite: FlagCreatePairsOff[bool] = False
-    """Replace the file if it exists."""
+    """Replace what is there."""
 
 
-EXPORT_FORMATS = ("safetensors",)
+EXPORT_FORMATS = ("safetensors", "hf")
 
 
 def _export(argv: list[str]) -> int:
@@ -423,8 +437,18 @@ def _export(argv: list[str]) -> int:
     if args.to not in EXPORT_FORMATS:
         raise UserError(suggest(args.to, EXPORT_FORMATS, "format of --to"))
     if not args.out:
-        raise UserError("--out names the file to write, for example --out model.safetensors")
+        example = "model.safetensors" if args.to == "safetensors" else "exported"
+        raise UserError(f"--out names what to write, for example --out {example}")
     out = Path(args.out)
+    if args.to == "hf":
+        from .exchange.folder import export
+
+        checkpoint = export(Path(args.run), out, standalone=args.standalone, overwrite=args.overwrite)
+        size = sum(file.stat().st_size for file in out.iterdir())
+        print(f"{out}: {checkpoint} as a folder for transformers, {size:,} bytes")
+        return 0
+    if args.standalone:
+        raise UserError("--standalone is for --to hf: a file of weights has no code")
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; name a file, for example {out / 'model.safetensors'}")
     if out.exists() and not args.overwrite:
@@ -435,6 +459,35 @@ def _export(argv: list[str]) -> int:
     checkpoint = checkpoint_at(Path(args.run))
     write_one_file(checkpoint, out)
     print(f"{out}: the weights of {checkpoint}, {out.stat().st_size:,} bytes")
+    return 0
+
+
+@dataclass(frozen=True)
+class Import:
+    """Make a run folder of one that depthmix export --to hf wrote, or of what transformers saved of it since.
+
+    The run has weights, configuration and tokenizer, the same to the last bit; generate, diagnose, map and export take
+    it, and train --init-from starts from it. Pickles are not opened, and no code in the folder is run.
+
+    Example: depthmix import exported --out runs/imported
+    """
+
+    folder: Annotated[Positional[str], arg(metavar="DIR")]
+    """The folder."""
+    out: str = ""
+    """The run folder to make."""
+
+
+def _import(argv: list[str]) -> int:
+    args = flags.parse(Import, argv, "import")
+    if not args.out:
+        raise UserError("--out names the run folder to make, for example --out runs/imported")
+
+    from .exchange.folder import import_folder
+
+    found = import_folder(Path(args.folder), Path(args.out))
+    numbers = sum(tensor.numel() for tensor in found.weights.values())
+    print(f"{args.out}: {found.config.model.label}, {numbers:,} parameters, step {found.step:,}")
     return 0
 
 

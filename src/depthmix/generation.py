@@ -4,9 +4,10 @@ A residual connection mixes over depth within one token, so Multi-Gate Residuals
 beyond PreNorm's.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import UserError
@@ -34,7 +35,7 @@ def filter_logits(logits: Tensor, temperature: float, top_k: int | None, top_p: 
 @torch.inference_mode()
 def generate(
     model: GPT,
-    ids: Tensor,
+    ids: Tensor | Sequence[Tensor],
     max_new_tokens: int,
     *,
     temperature: float = 1.0,
@@ -44,12 +45,14 @@ def generate(
     end_token: int | None = None,
     vocab_size: int | None = None,
     use_cache: bool = True,
+    compile: str | None = None,
 ) -> Iterator[Tensor]:
     """Yield the next token of every sequence, ``[B]``, up to ``max_new_tokens`` times.
 
     Args:
-        ids: prompts of one length, ``[B, T]`` with T >= 1; ``T + max_new_tokens`` must not exceed
-            ``seq_len + 1`` (the last token is not read again).
+        ids: prompts of one length, ``[B, T]`` with T >= 1, or a sequence of B prompts ``[T_b]`` of any lengths, which
+            give the tokens that each gives alone; ``T + max_new_tokens`` must not exceed ``seq_len + 1`` (the last
+            token is not read again).
         temperature: 0 takes the most likely token; 1 samples from the model's distribution.
         top_k: keep this many tokens. ``None``: all.
         top_p: keep the most likely tokens up to this probability, (0, 1]. ``None``: all.
@@ -57,10 +60,15 @@ def generate(
         end_token: stop when every sequence has produced it; a sequence that has repeats it.
         vocab_size: ids from here on are padding rows of the embedding and never sampled.
         use_cache: keep keys and values. Without, every token is computed from the whole prefix.
+        compile: a backend of ``torch.compile`` (``"inductor"``): every token behind the prompts goes through one graph,
+            over a cache whose shapes do not change.
 
     Raises:
         ValueError: an argument is out of range or the text would not fit.
     """
+    padding = None
+    if not isinstance(ids, Tensor):
+        ids, padding = side_by_side(ids)
     if ids.dim() != 2 or ids.shape[1] < 1:
         raise UserError(f"ids must have shape [B, T] with T >= 1, got {list(ids.shape)}")
     if temperature < 0:
@@ -69,6 +77,8 @@ def generate(
         raise UserError(f"top_k must be at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise UserError(f"top_p must be above 0 and at most 1, got {top_p}")
+    if compile is not None and not use_cache:
+        raise UserError("compile is for tokens read from a cache; leave out use_cache=False")
     if ids.shape[1] + max_new_tokens > model.config.seq_len + 1:
         raise UserError(
             f"a prompt of {ids.shape[1]} tokens and {max_new_tokens} new ones do not fit the model's context "
@@ -76,28 +86,75 @@ def generate(
             f"{max(0, model.config.seq_len + 1 - ids.shape[1])} tokens"
         )
     return _generate(
-        model, ids, max_new_tokens, temperature, top_k, top_p, seed, end_token, vocab_size, use_cache
+        model,
+        ids,
+        padding,
+        max_new_tokens,
+        temperature,
+        top_k,
+        top_p,
+        seed,
+        end_token,
+        vocab_size,
+        use_cache,
+        compile,
     )
 
 
+def side_by_side(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """``(ids [B, T], padding [B])`` of prompts ``[T_b]``: zeros in front of the shorter ones, and how many.
+
+    ``padding`` is ``None`` where all are equally long.
+
+    Raises:
+        ValueError: there is no prompt, or one is empty or has another shape.
+    """
+    prompts = [torch.as_tensor(prompt) for prompt in prompts]
+    if not prompts or any(prompt.dim() != 1 or len(prompt) < 1 for prompt in prompts):
+        raise UserError(
+            f"prompts must be one or more tensors of shape [T] with T >= 1, got shapes "
+            f"{[list(prompt.shape) for prompt in prompts]}"
+        )
+    longest = max(map(len, prompts))
+    ids = torch.stack([F.pad(prompt, (longest - len(prompt), 0)) for prompt in prompts])
+    padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=ids.device)
+    return ids, padding if padding.any() else None
+
+
 @torch.inference_mode()
-def _generate(model, ids, max_new_tokens, temperature, top_k, top_p, seed, end_token, vocab_size, use_cache):
+def _generate(
+    model,
+    ids,
+    padding,
+    max_new_tokens,
+    temperature,
+    top_k,
+    top_p,
+    seed,
+    end_token,
+    vocab_size,
+    use_cache,
+    compile,
+):
     device = model.embed.weight.device
     ids = ids.to(device)
+    padding = None if padding is None else padding.to(device)
     generator = torch.Generator(device=device)
     if seed is None:
         generator.seed()
     else:
         generator.manual_seed(seed)
-    cache = None
-    if use_cache:
-        cache = KVCache.empty(
-            model.config, ids.shape[0], ids.shape[1] + max_new_tokens, device, model.embed.weight.dtype
-        )
+    room = ids.shape[0], ids.shape[1] + max_new_tokens, device, model.embed.weight.dtype, padding
+    cache = KVCache.empty(model.config, *room, fixed=compile is not None) if use_cache else None
+    step = model
     finished = torch.zeros(ids.shape[0], dtype=torch.bool, device=device)
     unread = ids
     for _ in range(max_new_tokens):
-        logits = model(unread if use_cache else ids, cache=cache)[:, -1]
+        if not use_cache and padding is not None:  # padding is a cache's
+            cache = KVCache.empty(model.config, *room)
+        logits = step(unread if use_cache else ids, cache=cache)[:, -1]
+        if compile is not None and step is model:
+            step = torch.compile(model, backend=compile, fullgraph=True)
         if vocab_size is not None:
             logits = logits[:, :vocab_size]
         if temperature == 0:

@@ -33,28 +33,101 @@ from .residuals.base import Site, State
 class KVCache:
     """Keys and values of the tokens seen so far, one pair per block; ``length`` tokens are filled.
 
-    ``keys[b]`` and ``values[b]`` are ``[B, H, capacity, d]``. Every residual connection here mixes
-    over depth within one token, so none of them needs a cache of its own.
+    ``keys[b]`` and ``values[b]`` are ``[B, H, capacity, d]``, made once and written in place. Every residual connection
+    here mixes over depth within one token, so none of them needs a cache of its own.
+
+    ``padding [B]``, whole numbers: so many tokens at the beginning of each sequence are there only to make all
+    sequences equally long. Nobody reads them, and positions are counted from behind them.
+
+    ``place []``, a whole number on the device, stands for ``length`` in a cache whose shapes never change (``fixed``):
+    every token reads all of the room there is, through a mask, so that one compiled graph or one CUDA graph serves them
+    all. Whether a token still fits is then for the caller to know.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
     length: int = 0
+    padding: Tensor | None = None
+    place: Tensor | None = None
+    _mask: Tensor | None = None
 
     @classmethod
     def empty(
-        cls, config: GPTConfig, batch: int, capacity: int, device=None, dtype=torch.float32
+        cls,
+        config: GPTConfig,
+        batch: int,
+        capacity: int,
+        device=None,
+        dtype=torch.float32,
+        padding: Tensor | None = None,
+        fixed: bool = False,
     ) -> "KVCache":
         """Room for ``capacity`` tokens of ``batch`` sequences."""
         shape = (batch, config.n_head, capacity, config.head_dim)
         keys, values = (
             [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)] for _ in range(2)
         )
-        return cls(keys, values)
+        place = torch.zeros((), dtype=torch.long, device=device) if fixed else None
+        return cls(keys, values, padding=padding, place=place)
 
     @property
     def capacity(self) -> int:
         return self.keys[0].shape[2]
+
+    def positions(self, tokens: int) -> Tensor:
+        """``[B, T]`` or ``[1, T]``, of the next ``tokens``; 0 for padding."""
+        start = self.length if self.place is None else self.place
+        place = (torch.arange(tokens, device=self.keys[0].device) + start).unsqueeze(0)
+        return place if self.padding is None else (place - self.padding.unsqueeze(1)).clamp_min(0)
+
+    def advance(self, tokens: int) -> None:
+        """So many tokens have been written by all blocks."""
+        if self.place is None:
+            self.length += tokens
+        else:
+            self.place.add_(tokens)
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Take ``keys, values [B, H, T, d]`` of the next tokens; all so far, and what of them each token may read.
+
+        The last is bool, ``[T, S]`` or ``[B, 1, T, S]``; ``None`` where the usual causal rule says it.
+        """
+        tokens = keys.shape[2]
+        if self.place is not None:
+            return self._write_fixed(layer, keys, values)
+        start, end = self.length, self.length + tokens
+        self.keys[layer][:, :, start:end] = keys
+        self.values[layer][:, :, start:end] = values
+        mask = None
+        if self.padding is not None or (start > 0 and tokens > 1):
+            mask = self._readable(start, end, keys.device)
+        return (
+            self.keys[layer][:, :, :end].to(keys.dtype),
+            self.values[layer][:, :, :end].to(keys.dtype),
+            mask,
+        )
+
+    def _write_fixed(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        index = torch.arange(keys.shape[2], device=keys.device) + self.place
+        held = self.keys[layer], self.values[layer]
+        for buffer, new in zip(held, (keys, values), strict=True):
+            buffer.index_copy_(2, index, new.to(buffer.dtype))
+        room, index = torch.arange(self.capacity, device=keys.device), index.unsqueeze(1)
+        mask = room <= index
+        if self.padding is not None:
+            mask = mask & (room >= self.padding[:, None, None, None]) | (room == index)
+        return *(buffer.to(keys.dtype) for buffer in held), mask
+
+    def _readable(self, start: int, end: int, device) -> Tensor:
+        if self._mask is None or self._mask.shape[-2:] != (end - start, end):
+            mask = torch.ones(end - start, end, dtype=torch.bool, device=device).tril(start)
+            if self.padding is not None:
+                place = torch.arange(end, device=device)
+                mask = mask & (place >= self.padding[:, None, None, None])
+                # Padding reads itself, lest its softmax be over nothing.
+                mask |= place == place[start:].unsqueeze(1)
+            self._mask = mask
+        return self._mask
 
 
 class RMSNorm(nn.Module):
@@ -116,23 +189,11 @@ class Attention(nn.Module):
         memory: tuple[Tensor, ...] | None = None,
     ):
         """With a depth ``memory`` (:meth:`Site.depth_memory`), ``(output, (memory, keys, values))``."""
-        qkv = self.qkv(x).unflatten(-1, (-1, 3, self.head_dim))  # [B, T, H, 3, d]
-        B, T = qkv.shape[:2]
-        qk, v = qkv.permute(0, 2, 3, 1, 4).split([2, 1], 2)  # [B, H, 2, T, d], [B, H, 1, T, d]
-        q, k = rotate(qk, cos, sin).unbind(2)
-        v = v.squeeze(2)
-        if memory is not None:
-            # One token's query and key are turned by the same angle: depth scores need no rotation.
-            depth_query, depth_key = qk.unbind(2)
-            depth_value = v
-        mask = None
+        B, T = x.shape[0], cos.shape[-2]
+        q, k, v, depth_query, depth_key = self.heads(x, cos, sin)
+        depth_value, mask = v, None
         if cache is not None:
-            start, end = cache.length, cache.length + T
-            cache.keys[layer][:, :, start:end] = k
-            cache.values[layer][:, :, start:end] = v
-            k, v = cache.keys[layer][:, :, :end].to(q.dtype), cache.values[layer][:, :, :end].to(q.dtype)
-            if start > 0 and T > 1:
-                mask = torch.ones(T, end, dtype=torch.bool, device=x.device).tril(start)
+            k, v, mask = cache.write(layer, k, v)
         causal = mask is None and k.shape[2] == T and T > 1
         if memory:
             y, memory = read_depth_memory(q, k, v, memory, depth_query=depth_query, causal=causal, mask=mask)
@@ -140,6 +201,16 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         y = self.proj(y.transpose(1, 2).reshape(B, T, -1))
         return y if memory is None else (y, (memory, depth_key, depth_value))
+
+    def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        """``(q, k, v, depth_query, depth_key)``, each ``[B, H, T, d]``, of ``x [B, T, D]``; cos, sin ``[..., T, d/2]``.
+
+        One token's query and key are turned by the same angle, so what meets at one token needs no rotation: the last
+        two have none.
+        """
+        qkv = self.qkv(x).unflatten(-1, (-1, 3, self.head_dim))  # [B, T, H, 3, d]
+        qk, v = qkv.permute(0, 2, 3, 1, 4).split([2, 1], 2)  # [B, H, 2, T, d], [B, H, 1, T, d]
+        return *rotate(qk, cos, sin).unbind(2), v.squeeze(2), *qk.unbind(2)
 
 
 class MLP(nn.Module):
@@ -215,8 +286,14 @@ class Block(nn.Module):
 
 
 def step_and_norm(site: Site, y: Tensor, state: State, norm: RMSNorm | None) -> tuple[Tensor, State]:
-    """The step of ``site``, then the next sublayer's norm: as one, unless the site cannot or the norm is watched."""
-    if norm is not None and site.fuses_norm and not (norm._forward_hooks or norm._forward_pre_hooks):
+    """The step of ``site``, then the next sublayer's norm: as one, unless the site cannot or the norm is watched.
+
+    A norm with a forward of its own, put there by something that fetches its weight when it is called, is watched too.
+    """
+    watched = norm is not None and (
+        norm._forward_hooks or norm._forward_pre_hooks or "forward" in norm.__dict__
+    )
+    if norm is not None and site.fuses_norm and not watched:
         return site(y, state, norm=norm)
     h, state = site(y, state)
     return h if norm is None else norm(h), state
@@ -310,6 +387,9 @@ class GPT(nn.Module):
         """Cosines and sines ``[T, d / 2]`` for ``ids [B, T]`` at positions from ``start`` on."""
         return rotary_part(self.rope_cos, self.rope_sin, start, start + ids.shape[1], self.embed.weight)
 
+    def _tables(self) -> tuple[Tensor, Tensor]:
+        return rotary_part(self.rope_cos, self.rope_sin, 0, self.config.seq_len, self.embed.weight)
+
     def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """The normed output of the trunk, ``[B, T, D]``, for ``ids [B, T]``."""
         if ids.dim() != 2 or ids.dtype.is_floating_point:
@@ -317,12 +397,15 @@ class GPT(nn.Module):
         start = 0 if cache is None else cache.length
         end = start + ids.shape[1]
         limit = self.config.seq_len if cache is None else min(self.config.seq_len, cache.capacity)
-        if end > limit:
+        if end > limit and (cache is None or cache.place is None):
             raise UserError(
                 f"{end} tokens do not fit: the model was built for seq_len = {self.config.seq_len}"
                 + ("" if cache is None else f" and the cache holds {cache.capacity}")
             )
-        cos, sin = self.rotary(ids, start)
+        if cache is None or (cache.padding is None and cache.place is None):
+            cos, sin = self.rotary(ids, start)
+        else:
+            cos, sin = (table[cache.positions(ids.shape[1])][:, None, None] for table in self._tables())
         h, state = self.residual.begin(self.embed(own_part(ids, self.sequence_part)))
         normed, following = False, [None] * len(self.blocks)
         if not self.blocks_apart:
@@ -332,7 +415,7 @@ class GPT(nn.Module):
             h, state = block(h, state, cos, sin, cache, layer, normed=normed, next_norm=norm)
             normed = norm is not None
         if cache is not None:
-            cache.length = end
+            cache.advance(ids.shape[1])
         return self.norm(self.residual.finish(h, state))
 
     def forward(self, ids: Tensor, targets: Tensor | None = None, *, cache: KVCache | None = None):

@@ -63,6 +63,7 @@ from .checkpoint import (
     record_best,
     restore,
     save_checkpoint,
+    start_from,
     versions,
     write_json,
 )
@@ -94,6 +95,7 @@ def train(
     run_dir: Path,
     *,
     resume: bool = False,
+    init_from: str | Path | None = None,
     quiet: bool = False,
     report: bool = True,
     timeout_s: float = TIMEOUT_S,
@@ -101,7 +103,8 @@ def train(
     """Train ``config`` in ``run_dir`` and return what it also writes to ``result.json``.
 
     ``resume`` goes on from the newest checkpoint, or from the beginning where there is none yet; a
-    finished run is returned as it is. ``quiet`` prints nothing. ``report`` draws ``loss.png`` and
+    finished run is returned as it is. ``init_from``, a run or checkpoint folder, gives the initial weights; to a run
+    that is resumed it makes no difference. ``quiet`` prints nothing. ``report`` draws ``loss.png`` and
     ``report.html`` at the end. Under ``torchrun`` called by all processes, with a folder that all see; they divide the
     work as ``config.parallel`` says, and wait at most ``timeout_s`` seconds for each other.
 
@@ -140,6 +143,8 @@ def train(
             _check_folder(run_dir, resume)
             dataset = open_dataset(prepare(config.data, progress=not quiet and sys.stdout.isatty()))
             whole = _with_vocabulary(config, dataset.tokenizer.vocab_size)
+            if init_from is not None:
+                _check_same_tokenizer(dataset.tokenizer, Path(init_from))
             if resume:
                 _check_same_config(whole, run_dir / "config.json")
                 if (run_dir / "result.json").exists():
@@ -158,7 +163,7 @@ def train(
                 return finished
             dataset = open_dataset(prepare(config.data))
             config = _with_vocabulary(config, dataset.tokenizer.vocab_size)
-            run = _Run(config, run_dir, dataset, device, world, resume, quiet, began)
+            run = _Run(config, run_dir, dataset, device, world, resume, init_from, quiet, began)
             if world.size > 1:
                 # When one process fails, torchrun terminates the others, which have yet to find out and say why they
                 # end. Not before training begins: in the making of a group a process would be deaf until the timeout.
@@ -292,7 +297,7 @@ def _not_finite(run: "_Run", what: str) -> RunError:
 class _Run:
     """Model, optimiser, data, logs and progress of one run, built fresh or from a checkpoint."""
 
-    def __init__(self, config, run_dir, dataset, device, world: World, resume: bool, quiet, began):
+    def __init__(self, config, run_dir, dataset, device, world: World, resume: bool, init_from, quiet, began):
         self.config: TrainConfig = config
         self.run_dir: Path = run_dir
         self.device: torch.device = device
@@ -303,7 +308,7 @@ class _Run:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         self.engine: Engine = build_engine(
-            lambda cuts: build_model(config, device, cuts=cuts), config, world, device
+            lambda cuts: build_model(config, device, cuts=cuts, init_from=init_from), config, world, device
         )
         self.optimizer = self.engine.optimizer
         self.loader = Loader(
@@ -542,9 +547,21 @@ class _Saved:
         return checkpoint
 
 
-def build_model(config: TrainConfig, device: torch.device, *, cuts: tuple[int, ...] = ()) -> GPT:
-    """The model as it is trained: seeded weights, on ``device``, in bf16 for ``precision="bf16"``."""
-    return _in_precision(GPT(config.model, seed=config.seed, cuts=cuts).to(device), config)
+def build_model(
+    config: TrainConfig,
+    device: torch.device,
+    *,
+    cuts: tuple[int, ...] = (),
+    init_from: str | Path | None = None,
+) -> GPT:
+    """The model as it is trained: seeded weights, on ``device``, in bf16 for ``precision="bf16"``.
+
+    With ``init_from`` the weights are those of a run or checkpoint folder; ``RunError`` where they do not fit.
+    """
+    model = GPT(config.model, seed=config.seed, cuts=cuts)
+    if init_from is not None:
+        start_from(model, Path(init_from))
+    return _in_precision(model.to(device), config)
 
 
 def _in_precision(model: GPT, config: TrainConfig) -> GPT:
@@ -942,6 +959,19 @@ def _flat(config: TrainConfig) -> dict:
         nested = value if isinstance(value, dict) else None
         values |= {f"{key}.{k}": v for k, v in nested.items()} if nested else {key: value}
     return values
+
+
+def _check_same_tokenizer(tokenizer, start: Path) -> None:
+    """Refuse to start from weights whose ids stand for other text."""
+    for folder in (start, *start.resolve().parents[:2]):
+        saved = _read_json(folder / "tokenizer.json") if (folder / "tokenizer.json").exists() else None
+        if saved is not None:
+            if saved != tokenizer.to_dict():
+                raise UserError(
+                    f"--init-from {start}: its tokenizer is another ({saved.get('name')}) than that of the data "
+                    f"({tokenizer.name}); prepare the data with the same one"
+                )
+            return
 
 
 def _check_same_config(config: TrainConfig, path: Path) -> None:

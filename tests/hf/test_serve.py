@@ -1,0 +1,100 @@
+"""An exported model under ``transformers serve``, asked by the client of another package; loopback alone."""
+
+import concurrent.futures
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("openai")
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+
+import openai
+
+from depthmix.checkpoint import load_model
+from depthmix.generation import generate
+
+pytestmark = pytest.mark.hf
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def served(exported, tmp_path_factory):
+    """``(run, folder, client)``."""
+    run, folder = exported("mgr-competitive")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("serve") / "log"
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    command = [sys.executable, "-m", "depthmix.hf", "serve", str(folder), "--host", "127.0.0.1"]
+    with open(log, "w") as out:
+        server = subprocess.Popen(
+            [*command, "--port", str(port), "--device", "cpu"], env=environment, stdout=out, stderr=out
+        )
+    try:
+        for _ in range(600):
+            assert server.poll() is None, log.read_text()[-3000:]
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except OSError:
+                time.sleep(0.5)
+        client = openai.OpenAI(
+            base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=300, max_retries=2
+        )
+        yield run, folder, client
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
+
+
+def by_hand(run, prompt: str, tokens: int) -> str:
+    model, _ = load_model(run)
+    ids = torch.tensor([[*prompt.encode()]])
+    found = [int(t) for t in generate(model, ids, tokens, temperature=0, end_token=256, vocab_size=257)]
+    return bytes(t for t in found if t < 256).decode(errors="replace")
+
+
+def ask(served, prompt, **options):
+    _, folder, client = served
+    return client.completions.create(
+        model=str(folder), prompt=prompt, max_tokens=10, temperature=0, **options
+    )
+
+
+def test_completion_is_the_runs(served):
+    answer = ask(served, "def main(")
+    assert answer.choices[0].text == by_hand(served[0], "def main(", 10)
+    assert answer.usage.prompt_tokens == 9 and answer.choices[0].finish_reason in ("stop", "length")
+
+
+def test_streaming(served):
+    chunks = list(ask(served, "def main(", stream=True))
+    assert len(chunks) > 1
+    assert "".join(c.choices[0].text for c in chunks) == by_hand(served[0], "def main(", 10)
+
+
+def test_requests_in_parallel(served):
+    prompts = ["a", "for x in ", "import os\nimport sys\n", "12345", "ab" * 15]
+    with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
+        answers = pool.map(lambda p: ask(served, p).choices[0].text, prompts)
+    assert list(answers) == [by_hand(served[0], p, 10) for p in prompts]
+
+
+def test_too_long_is_an_error(served):
+    with pytest.raises(openai.APIError):
+        ask(served, "x" * 60)
+    assert ask(served, "a").choices[0].text  # and the server lives
