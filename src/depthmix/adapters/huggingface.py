@@ -255,7 +255,7 @@ def _causal(config: type) -> type | None:
     return mapping[config] if config in mapping else None
 
 
-for _family in FAMILIES:
+for _family in filter(transformers.CONFIG_MAPPING.__contains__, FAMILIES):
     # The models themselves are imported when one is made.
     _config = config_class(transformers.CONFIG_MAPPING[_family])
     transformers.AutoConfig.register(_config.model_type, _config, exist_ok=True)
