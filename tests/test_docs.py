@@ -26,8 +26,12 @@ def rows(page, first):
     return [[cell.strip() for cell in line.strip("|").split("|")][1:] for line in lines]
 
 
+# huggingface.md needs transformers and folders made by its commands: tests/hf/test_docs.py runs it.
 CODE = [
-    (page.name, code) for page in PAGES for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+    (page.name, code)
+    for page in PAGES
+    if page.name != "huggingface.md"
+    for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
 ]
 
 
@@ -265,6 +269,19 @@ def test_cost_of_a_diagnosis_is_that_of_the_file():
     assert f"{seconds['removal']} for block removal on {xs['removal_texts']} of them" in page
     assert f"{seconds['gradients']} for gradients on {xs['gradient_texts']}" in page
     assert f"needs {large['peak_resident_gib']} GiB" in page
+
+
+# --- huggingface.md -------------------------------------------------------------------------------
+
+
+def test_cost_of_decoding_is_that_of_the_file():
+    page = text("huggingface.md")
+    measured = json.loads((ROOT / "benchmarks/results/decode-cpu.json").read_text())
+    assert (measured["preset"], measured["prefix"]) == ("S", 512) and f"of {measured['rounds']} turns" in page
+    for row in measured["rows"][1:]:
+        low, high = row["cpu_ratio_quartiles"]
+        cells = [f"{row['cpu_ratio']:.3f}", f"{low:.3f} to {high:.3f}"]
+        assert rows(page, f"`{row['residual']}`") == [cells]
 
 
 # --- parallel.md ----------------------------------------------------------------------------------
