@@ -11,9 +11,9 @@ The folder::
     modeling_depthmix.py    with --standalone: the model's code
 
 **Trust.** Reading a folder opens JSON and safetensors alone. No pickle is opened and no code of the folder is run; no
-name found in it is used as a path but that of a safetensors file beside ``config.json``. The place that a configuration
-names for prepared data (``cache_dir``) goes neither out nor in, as a later command would write there. Sizes are compared
-with those of the tensors that are there before anything is built.
+name found in it is used as a path but that of a safetensors file beside ``config.json``. The place that a
+configuration names for prepared data (``cache_dir``) goes neither out nor in, as a later command would write there.
+Sizes are compared with those of the tensors that are there before anything is built.
 """
 
 import contextlib
