@@ -27,8 +27,12 @@ def rows(page, first):
     return [[cell.strip() for cell in line.strip("|").split("|")][1:] for line in lines]
 
 
+# huggingface.md needs folders made by its commands: tests/hf/test_docs.py runs it.
 BLOCKS = [
-    (page.name, code) for page in PAGES for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+    (page.name, code)
+    for page in PAGES
+    if page.name != "huggingface.md"
+    for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
 ]
 HEAVY = re.compile(r"^import (transformers|timm)", re.M)
 """Such code is run by tests/hf/test_pages.py."""
@@ -299,6 +303,19 @@ def test_starts_of_a_trained_model_are_those_of_the_file():
     for row in measured["rows"]:
         for start in ("prenorm", "prenorm-scaled"):
             assert "refused" in row[start] or row[start]["largest_difference"] < 1e-4
+
+
+# --- huggingface.md -------------------------------------------------------------------------------
+
+
+def test_cost_of_decoding_is_that_of_the_file():
+    page = text("huggingface.md")
+    measured = json.loads((ROOT / "benchmarks/results/decode-cpu.json").read_text())
+    assert (measured["preset"], measured["prefix"]) == ("S", 512) and f"of {measured['rounds']} turns" in page
+    for row in measured["rows"][1:]:
+        low, high = row["cpu_ratio_quartiles"]
+        cells = [f"{row['cpu_ratio']:.3f}", f"{low:.3f} to {high:.3f}"]
+        assert rows(page, f"`{row['residual']}`") == [cells]
 
 
 # --- parallel.md ----------------------------------------------------------------------------------

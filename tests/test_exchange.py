@@ -37,10 +37,12 @@ def copy(folder, tmp_path):
 def test_the_way_back_is_exact(trained, folder, tmp_path):
     run, back = trained / "mgr-competitive", tmp_path / "back"
     import_folder(folder, back)
-    for name in "config.json", "tokenizer.json":
-        assert (back / name).read_text() == (run / name).read_text()
+    assert (back / "tokenizer.json").read_text() == (run / "tokenizer.json").read_text()
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["cache_dir"] = None  # a place on the machine that trained
+    assert json.loads((back / "config.json").read_text()) == config
     before, after = (load_checkpoint(checkpoint_at(r), training=False) for r in (run, back))
-    assert before.step == after.step and before.config == after.config
+    assert before.step == after.step and before.config.model == after.config.model
     assert before.model.keys() == after.model.keys()
     assert all(torch.equal(before.model[k], after.model[k]) for k in before.model)
     export(back, tmp_path / "again")
@@ -117,7 +119,16 @@ def test_train_from_weights(trained, folder, tmp_path, capsys):
         "--init-from",
         str(tmp_path / "start"),
     ]
-    common += ["--steps", "1", "--quiet", "--no-report", "--warmup-steps", "0"]
+    common += [
+        "--cache-dir",
+        str(trained / "cache"),
+        "--steps",
+        "1",
+        "--quiet",
+        "--no-report",
+        "--warmup-steps",
+        "0",
+    ]
     tiny = ["--lr", "1e-30", "--muon-lr", "1e-30", "--out", str(tmp_path / "same")]
     assert cli.main([*common, *tiny]) == 0
     before, _ = load_model(tmp_path / "start")
@@ -239,6 +250,14 @@ def test_untied_and_strange_weights(copy):
     refused(copy, match="is torch.float64; a run has weights in")
     save_file(weights | {"model.extra": torch.zeros(2)}, copy / "model.safetensors")
     refused(copy, match="1 tensors do not fit config.json, extra")
+
+
+def test_no_place_to_write_comes_in(copy, tmp_path_factory):
+    values = json.loads((copy / "depthmix.json").read_text())
+    assert values["config"]["data"]["cache_dir"] is None
+    values["config"]["data"]["cache_dir"] = "/somewhere/else"
+    (copy / "depthmix.json").write_text(json.dumps(values))
+    assert read(copy).config.data.cache_dir is None
 
 
 # --- code -----------------------------------------------------------------------------------------

@@ -57,8 +57,9 @@ tags:
 
 # A language model with the residual connection `{label}`
 
-A decoder with rotary positions, RMSNorm, a squared-ReLU MLP and tied embeddings, trained by
-[depthmix](https://arxiv.org/abs/2605.23259) from scratch. Losses are means in nats per token.
+A decoder with rotary positions, RMSNorm, a squared-ReLU MLP and tied embeddings, trained from scratch by depthmix, a
+library for residual connections that mix depth ([Multi-Gate Residuals](https://arxiv.org/abs/2605.23259), rivals).
+Losses are means in nats per token.
 
 | | |
 |---|---|
@@ -104,19 +105,18 @@ def _versions(record: RunRecord | None) -> str | None:
 
 
 def _commit() -> str | None:
-    """Of the sources that run, where they lie in a clone."""
-    try:
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return f"`{found.stdout.strip()}`" if found.returncode == 0 else None
+    """Of the sources that run, where they lie in a clone of them (and not in some other project's)."""
+    found = None
+    for command in (["ls-files", "--error-unmatch", Path(__file__).name], ["rev-parse", "HEAD"]):
+        try:
+            found = subprocess.run(
+                ["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None
+        if found.returncode:
+            return None
+    return f"`{found.stdout.strip()}`"
 
 
 def _without_places(config: TrainConfig) -> dict:

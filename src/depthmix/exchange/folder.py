@@ -11,8 +11,9 @@ The folder::
     modeling_depthmix.py    with --standalone: the model's code
 
 **Trust.** Reading a folder opens JSON and safetensors alone. No pickle is opened and no code of the folder is run; no
-name found in it is used as a path but that of a safetensors file beside ``config.json``. Sizes are compared with those
-of the tensors that are there before anything is built.
+name found in it is used as a path but that of a safetensors file beside ``config.json``. The place that a
+configuration names for prepared data (``cache_dir``) goes neither out nor in, as a later command would write there.
+Sizes are compared with those of the tensors that are there before anything is built.
 """
 
 import contextlib
@@ -117,7 +118,7 @@ def _files(loaded: ckpt.Checkpoint, tokenizer: Tokenizer, home: Path, standalone
             {
                 "format": FORMAT,
                 "step": loaded.step,
-                "config": config.to_dict(),
+                "config": _placeless(config).to_dict(),
                 "tokenizer": tokenizer.to_dict(),
                 "versions": loaded.state.get("versions", {}),
             }
@@ -136,6 +137,11 @@ def _files(loaded: ckpt.Checkpoint, tokenizer: Tokenizer, home: Path, standalone
 
         files[CODE] = model_code(config.model)
     return files
+
+
+def _placeless(config: TrainConfig) -> TrainConfig:
+    """Without the place where this machine keeps prepared data."""
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, cache_dir=None))
 
 
 def _record(home: Path):
@@ -229,7 +235,7 @@ def read(folder: Path) -> Found:
             f"{where} has format {saved.get('format')!r}, this depthmix reads {FORMAT}; use a newer one"
         )
     try:
-        config, step = from_dict(saved["config"]), saved["step"]
+        config, step = _placeless(from_dict(saved["config"])), saved["step"]
         tokenizer = load_tokenizer(saved["tokenizer"])
         versions = dict(saved.get("versions", {}))
     except UserError:
