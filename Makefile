@@ -3,6 +3,7 @@
 # make test-peers  install other implementations (1 GB) and compare with them
 # make test-kernels  the same installation: run the Triton kernels, on the GPU or in Triton's interpreter
 # make test-integrations  install DeepSpeed, Accelerate and Fabric: run examples/integrations on two processes
+# make test-hf  install transformers, datasets and lm-eval: exported models, FineWeb, evaluation
 # make test-nodes  two nodes, as network namespaces, that lose each other in training; needs root and iproute2
 # make gpu-check  everything that needs an NVIDIA GPU: tests, sanitizer, benchmarks; installs nothing
 # make lint    style and common mistakes
@@ -10,7 +11,7 @@ PYTHON ?= python3
 VENV ?= .venv
 export PYTHON
 
-.PHONY: demo test test-peers test-kernels test-integrations test-nodes gpu-check lint clean
+.PHONY: demo test test-peers test-kernels test-integrations test-hf test-nodes gpu-check lint clean
 demo: $(VENV)/.demo
 	$(VENV)/bin/depthmix compare --recipe quick --out runs/demo --resume
 
@@ -25,6 +26,9 @@ test-kernels: $(VENV)/.peers
 
 test-integrations: $(VENV)/.integrations
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m integrations tests/integrations
+
+test-hf: $(VENV)/.hf
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -m hf tests/hf
 
 # 77: what it needs is missing here, and it has said so.
 test-nodes: $(VENV)/.test
@@ -51,6 +55,10 @@ $(VENV)/.peers: pyproject.toml constraints-cpu.txt
 
 $(VENV)/.integrations: pyproject.toml constraints-cpu.txt
 	scripts/install.sh $(VENV) test,dev,integrations
+	@touch $@
+
+$(VENV)/.hf: pyproject.toml constraints-cpu.txt
+	scripts/install.sh $(VENV) test,dev,hf,serve,fineweb,eval
 	@touch $@
 
 clean:

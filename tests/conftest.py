@@ -8,9 +8,9 @@ from hypothesis import settings
 settings.register_profile("same every time", derandomize=True, deadline=None)
 settings.load_profile("same every time")
 
-ON_REQUEST = ("peers", "kernels", "integrations")
-"""Folders whose files need packages that only the extras ``peers`` and ``integrations`` install; each named as its
-marker."""
+ON_REQUEST = ("peers", "kernels", "integrations", "hf")
+"""Folders whose files need packages that only the extras ``peers``, ``integrations`` and ``hf`` install; each named as
+its marker."""
 
 
 def pytest_ignore_collect(collection_path: Path, config):

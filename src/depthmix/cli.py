@@ -36,7 +36,7 @@ VERBS = {
     "bench": "time the operations and a step, each checked against a reference first",
     "plan": "price a training on many devices: best split, step time, memory of each connection",
     "comm": "count the bytes that cross between processes, beside the formulas",
-    "data": "prepare or inspect training data (data prepare, data inspect)",
+    "data": "prepare or inspect training data (data prepare, data fineweb, data inspect)",
     "export": "write the weights of a run or checkpoint to one file for other programs",
     "info": "sizes and costs of a model without building it; --list names the residual connections",
 }
@@ -374,9 +374,9 @@ def _comm(argv: list[str]) -> int:
 
 
 def _data(argv: list[str]) -> int:
-    from .data.commands import Inspect, Prepare
+    from .data.commands import FineWeb, Inspect, Prepare
 
-    commands = {"prepare": Prepare, "inspect": Inspect}
+    commands = {"prepare": Prepare, "fineweb": FineWeb, "inspect": Inspect}
     if not argv or argv[0] in ("-h", "--help"):
         print(DATA_HELP, end="")
         return 0
@@ -388,12 +388,14 @@ def _data(argv: list[str]) -> int:
 DATA_HELP = """usage: depthmix data VERB [OPTIONS]
 
   prepare   turn text files into memory-mapped shards of token ids
+  fineweb   stream FineWeb from the Hugging Face hub into such shards; can be stopped at any time
   inspect   what a prepared folder holds
 
 depthmix data VERB --help shows a verb's options, units, defaults and an example.
 
 examples:
   depthmix data prepare texts/ --tokenizer gpt2 --out shards/
+  depthmix data fineweb --tokens 10B --out shards/fineweb
   depthmix data inspect shards/
 """
 
