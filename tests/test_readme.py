@@ -41,6 +41,7 @@ def test_command_line(environment, tmp_path):
         "map",
         "diagnose",
         "generate",
+        "eval",
         "data",
         "compare",
         "depth-sweep",
@@ -85,7 +86,7 @@ def test_make_targets():
     """make test is what runs this; make demo is the comparison, with options the command line takes."""
     targets = [words[1] for words in commands("make ")]
     assert targets == [
-        "demo", "test", "test-peers", "test-kernels", "test-integrations", "test-nodes", "gpu-check",
+        "demo", "test", "test-peers", "test-kernels", "test-integrations", "test-hf", "test-nodes", "gpu-check",
     ]  # fmt: skip
     planned = subprocess.run(["make", "-n", *targets], cwd=ROOT, capture_output=True, text=True)
     assert planned.returncode == 0, planned.stderr

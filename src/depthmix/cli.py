@@ -31,6 +31,7 @@ VERBS = {
     "compare": "train the same model with several residual connections and compare them",
     "depth-sweep": "train residual connections at several depths and show which of them still learn",
     "generate": "continue a text with a trained model",
+    "eval": "loss of any text under a sliding window, and tasks of lm-eval",
     "map": "draw how much of every earlier output each sublayer reads (the mixing map)",
     "diagnose": "what networks do in depth: activations, gates, blocks, streams, as one report",
     "bench": "time the operations and a step, each checked against a reference first",
@@ -140,6 +141,7 @@ def _dispatch(argv: list[str]) -> int:
         "compare": _compare,
         "depth-sweep": _depth_sweep,
         "generate": _generate,
+        "eval": _eval,
         "map": _map,
         "diagnose": _diagnose,
         "bench": _bench,
@@ -341,6 +343,12 @@ def _tokenizer_of(path: Path):
         if (folder / "tokenizer.json").exists():
             return run_tokenizer(folder)
     raise UserError(f"{path} has no tokenizer.json beside it; give a run folder made by depthmix train")
+
+
+def _eval(argv: list[str]) -> int:
+    from .evaluation.command import main
+
+    return main(argv)
 
 
 def _map(argv: list[str]) -> int:

@@ -285,7 +285,7 @@ def _open(config: StreamConfig, named: _Named, revision: str | None) -> _Stream:
 def _unreachable(name: str, error: Exception) -> RunError:
     return RunError(
         f"{name} cannot be reached ({_first_line(error)}). Check the name and the network (HTTPS_PROXY names a proxy, "
-        f"HF_ENDPOINT a mirror, HF_TOKEN lifts limits), or fetch the parquet files elsewhere and name them with --source"
+        f"HF_ENDPOINT a mirror, HF_TOKEN lifts limits), or name parquet files fetched elsewhere with --source"
     )
 
 
