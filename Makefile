@@ -3,7 +3,7 @@
 # make test-peers  install other implementations (1 GB) and compare with them
 # make test-kernels  the same installation: run the Triton kernels, on the GPU or in Triton's interpreter
 # make test-integrations  install DeepSpeed, Accelerate and Fabric: run examples/integrations on two processes
-# make test-hf  install transformers, timm and others: models in and out, served, evaluated
+# make test-hf  install transformers, timm, datasets, lm-eval: models in and out, served, evaluated; FineWeb
 # make test-nodes  two nodes, as network namespaces, that lose each other in training; needs root and iproute2
 # make docs    install mkdocs and build the site into build/site; fails on any warning
 # make package  build wheel and sdist into build/dist and check them in another environment
@@ -70,7 +70,7 @@ $(VENV)/.docs: pyproject.toml constraints-cpu.txt
 	@touch $@
 
 $(VENV)/.hf: pyproject.toml constraints-cpu.txt
-	scripts/install.sh $(VENV) test,dev,hf,serve,test-hf
+	scripts/install.sh $(VENV) test,dev,hf,serve,fineweb,eval,test-hf
 	@touch $@
 
 clean:

@@ -41,6 +41,7 @@ def test_command_line(environment, tmp_path):
         "map",
         "diagnose",
         "generate",
+        "eval",
         "data",
         "compare",
         "depth-sweep",

@@ -31,12 +31,13 @@ VERBS = {
     "compare": "train the same model with several residual connections and compare them",
     "depth-sweep": "train residual connections at several depths and show which of them still learn",
     "generate": "continue a text with a trained model",
+    "eval": "loss of any text under a sliding window, and tasks of lm-eval",
     "map": "draw how much of every earlier output each sublayer reads (the mixing map)",
     "diagnose": "what networks do in depth: activations, gates, blocks, streams, as one report",
     "bench": "time the operations and a step, each checked against a reference first",
     "plan": "price a training on many devices: best split, step time, memory of each connection",
     "comm": "count the bytes that cross between processes, beside the formulas",
-    "data": "prepare or inspect training data (data prepare, data inspect)",
+    "data": "prepare or inspect training data (data prepare, data fineweb, data inspect)",
     "export": "write a trained model for other programs: one file of weights, or a folder for transformers",
     "import": "make a run folder of one that transformers loads",
     "info": "sizes and costs of a model without building it; --list names the residual connections",
@@ -141,6 +142,7 @@ def _dispatch(argv: list[str]) -> int:
         "compare": _compare,
         "depth-sweep": _depth_sweep,
         "generate": _generate,
+        "eval": _eval,
         "map": _map,
         "diagnose": _diagnose,
         "bench": _bench,
@@ -353,6 +355,12 @@ def _tokenizer_of(path: Path):
     raise UserError(f"{path} has no tokenizer.json beside it; give a run folder made by depthmix train")
 
 
+def _eval(argv: list[str]) -> int:
+    from .evaluation.command import main
+
+    return main(argv)
+
+
 def _map(argv: list[str]) -> int:
     from .map_command import main
 
@@ -384,9 +392,9 @@ def _comm(argv: list[str]) -> int:
 
 
 def _data(argv: list[str]) -> int:
-    from .data.commands import Inspect, Prepare
+    from .data.commands import FineWeb, Inspect, Prepare
 
-    commands = {"prepare": Prepare, "inspect": Inspect}
+    commands = {"prepare": Prepare, "fineweb": FineWeb, "inspect": Inspect}
     if not argv or argv[0] in ("-h", "--help"):
         print(DATA_HELP, end="")
         return 0
@@ -398,12 +406,14 @@ def _data(argv: list[str]) -> int:
 DATA_HELP = """usage: depthmix data VERB [OPTIONS]
 
   prepare   turn text files into memory-mapped shards of token ids
+  fineweb   stream FineWeb from the Hugging Face hub into such shards; can be stopped at any time
   inspect   what a prepared folder holds
 
 depthmix data VERB --help shows a verb's options, units, defaults and an example.
 
 examples:
   depthmix data prepare texts/ --tokenizer gpt2 --out shards/
+  depthmix data fineweb --tokens 10B --out shards/fineweb
   depthmix data inspect shards/
 """
 

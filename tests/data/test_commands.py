@@ -3,7 +3,7 @@ import re
 import pytest
 import tyro
 
-from depthmix.data.commands import Inspect, Prepare
+from depthmix.data.commands import FineWeb, Inspect, Prepare
 from depthmix.errors import RunError, UserError
 
 
@@ -58,7 +58,7 @@ def test_errors_pass_through(tmp_path, text_folder):
         run(Inspect, out)
 
 
-@pytest.mark.parametrize("command", [Prepare, Inspect])
+@pytest.mark.parametrize("command", [Prepare, FineWeb, Inspect])
 def test_help_has_an_example_and_defaults(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         run(command, "--help")
@@ -67,3 +67,24 @@ def test_help_has_an_example_and_defaults(command, capsys):
     assert f"Example: depthmix data {command.__name__.lower()}" in text
     if command is Prepare:
         assert "(default: byte)" in text and "(default: 0.05)" in text and "16 to 32 KiB" in text
+
+
+def test_fineweb_refuses(tmp_path, monkeypatch):
+    import sys
+
+    for arguments, message in (
+        (("--tokens", "ten"), r"--tokens takes a positive number, with K, M, B or T behind it; got 'ten'"),
+        (("--val-fraction", "0"), r"val_fraction must be above 0"),
+        (("--tokenizer", "bpe:400"), r"a stream is read once; use gpt2 or byte"),
+        (
+            ("--source", "nowhere/*.parquet"),
+            r"no file matches it; a dataset of the hub is written OWNER/NAME",
+        ),
+        (("--workers", "0"), r"workers must be at least 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(FineWeb, *arguments, "--out", tmp_path / "out")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r'pip install "depthmix\[fineweb\]"'):
+        run(FineWeb, "--tokens", "1K", "--out", tmp_path / "out")
+    assert not any(tmp_path.iterdir())

@@ -8,12 +8,14 @@ with a state that is exact, ``eval_batches`` serves the same windows every time.
 from .build import prepare
 from .loader import Loader, eval_batches
 from .shards import Dataset, TokenSplit, open_dataset
+from .stream import StreamConfig, prepare_stream
 from .summary import inspect
 from .tokenizers import Tokenizer, load_tokenizer
 
 __all__ = [
     "Dataset",
     "Loader",
+    "StreamConfig",
     "TokenSplit",
     "Tokenizer",
     "eval_batches",
@@ -21,4 +23,5 @@ __all__ = [
     "load_tokenizer",
     "open_dataset",
     "prepare",
+    "prepare_stream",
 ]

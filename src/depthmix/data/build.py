@@ -289,17 +289,25 @@ def _write(
             f"no text in {', '.join(source.name for source in sources[:3])}: every document is empty"
         )
     records = [source.record(reading) for source, reading in zip(sources, readings, strict=True)]
-    manifest = {
+    sources_read = [{**r, "documents": n} for r, n in zip(records, documents, strict=True)]
+    manifest = manifest_of(tokenizer, config.val_fraction, writers, sources_read)
+    return manifest, seen
+
+
+def manifest_of(
+    tokenizer: Tokenizer, val_fraction: float, writers: dict[str, SplitWriter], sources: list[dict]
+) -> dict:
+    """What a folder's manifest says but for its key."""
+    return {
         "format": FORMAT,
         "version": FORMAT_VERSION,
         "depthmix": _version(),
         "dtype": tokenizer.dtype.str,
-        "val_fraction": config.val_fraction,
+        "val_fraction": val_fraction,
         "splits": {split: writers[split].entry() for split in SPLITS},
-        "sources": [{**r, "documents": n} for r, n in zip(records, documents, strict=True)],
+        "sources": sources,
         "tokenizer": tokenizer.to_dict(),
     }
-    return manifest, seen
 
 
 def _tokenize(block: Block, tokenizer: Tokenizer, threshold: float) -> _Tokenized:

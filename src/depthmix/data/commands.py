@@ -1,4 +1,4 @@
-"""The commands ``depthmix data prepare`` and ``depthmix data inspect``.
+"""The commands ``depthmix data prepare``, ``depthmix data fineweb`` and ``depthmix data inspect``.
 
 Each is a dataclass that tyro turns into options; ``run`` does the work, prints
 and returns the exit status. Errors pass through as exceptions.
@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from tyro.conf import FlagCreatePairsOff
 
 from ..config import DataConfig
+from ..plan_command import _count
 
 
 @dataclass
@@ -42,9 +44,6 @@ class Prepare:
 
     def run(self) -> int:
         """Prepare, print where and how much; returns 0."""
-        from rich.console import Console
-        from rich.table import Table
-
         from .build import prepare
         from .shards import read_manifest
 
@@ -53,24 +52,91 @@ class Prepare:
         folder = prepare(config, self.out, workers=self.workers, progress=True)
         seconds = time.monotonic() - began
 
-        console = Console(highlight=False)
-        manifest = read_manifest(folder)
-        splits = manifest["splits"]
-        tokens = sum(split["tokens"] for split in splits.values())
-        table = Table("", "tokens", "documents", "bytes of text", box=None)
-        for name, split in splits.items():
-            table.add_row(name, *(f"{split[count]:,}" for count in ("tokens", "documents", "text_bytes")))
-        for column in table.columns[1:]:
-            column.justify = "right"
-        console.print(table)
-        empty = sum(source["documents"] == 0 for source in manifest["sources"])
-        if empty:
-            console.print(f"{empty} of {len(manifest['sources'])} files held no text")
-        console.print(
-            f"tokenizer {manifest['tokenizer']['name']}, {tokens / 1e6:.2f} M tokens, "
-            f"{seconds:.1f} s, {tokens / max(seconds, 1e-9) / 1e6:.2f} M tokens/s"
+        _say(folder, read_manifest(folder), seconds)
+        return 0
+
+
+def _say(folder: Path, manifest: dict, seconds: float) -> None:
+    """What is in ``folder``, made in so many seconds."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    splits = manifest["splits"]
+    tokens = sum(split["tokens"] for split in splits.values())
+    table = Table("", "tokens", "documents", "bytes of text", box=None)
+    for name, split in splits.items():
+        table.add_row(name, *(f"{split[count]:,}" for count in ("tokens", "documents", "text_bytes")))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    console.print(table)
+    empty = sum(source["documents"] == 0 for source in manifest["sources"] if "sha256" in source)
+    if empty:
+        console.print(f"{empty} of {len(manifest['sources'])} files held no text")
+    console.print(
+        f"tokenizer {manifest['tokenizer']['name']}, {tokens / 1e6:.2f} M tokens, "
+        f"{seconds:.1f} s, {tokens / max(seconds, 1e-9) / 1e6:.2f} M tokens/s"
+    )
+    console.print(str(folder), soft_wrap=True, markup=False)
+
+
+@dataclass
+class FineWeb:
+    """Stream FineWeb from the Hugging Face hub into a folder that training maps into memory.
+
+    Nothing is kept of the download but the tokens. Ctrl-C or a kill at any moment: the same command goes on where the
+    last shard ended, or 30 s ago, and the result is that of a run that never stopped, to the byte.
+
+    Example: depthmix data fineweb --tokens 10B --out shards/fineweb
+    """
+
+    tokens: str = "10B"
+    """Tokens to write, train and validation together: a number, or one with K, M or B (thousands) behind it. The
+    first document that reaches it is the last."""
+    out: Path | None = None
+    """Folder to make; must be new, empty, or hold this very dataset. Until it is complete the work lies beside it, as
+    .NAME.partial. Default: a folder in $DEPTHMIX_CACHE or ~/.cache/depthmix."""
+    source: tuple[str, ...] = ("HuggingFaceFW/fineweb",)
+    """Another dataset of the hub (OWNER/NAME), a copy of its repository, or parquet files, folders, globs and
+    addresses of them."""
+    subset: str = "sample-10BT"
+    """Configuration of the dataset; of no meaning for files."""
+    revision: str | None = None
+    """Commit, tag or branch of the dataset. Default: the newest commit, which a resumed run keeps."""
+    tokenizer: str = "gpt2"
+    """gpt2 or byte."""
+    text_field: str = "text"
+    """Column that holds the text."""
+    val_fraction: float = 0.005
+    """Share of documents held out for validation, above 0 and at most 0.5; chosen by a hash of the text."""
+    workers: int | None = None
+    """Threads that tokenize. Default: one a core. The result does not depend on it."""
+    restart: FlagCreatePairsOff[bool] = False
+    """Forget what an unfinished call left beside the folder."""
+
+    def run(self) -> int:
+        """Stream, print where and how much; returns 0."""
+        from .build import cache_folder
+        from .shards import read_manifest
+        from .stream import StreamConfig, prepare_stream
+
+        config = StreamConfig(
+            source=self.source,
+            subset=self.subset,
+            revision=self.revision,
+            tokens=_count(self.tokens, "--tokens"),
+            tokenizer=self.tokenizer,
+            text_field=self.text_field,
+            val_fraction=self.val_fraction,
         )
-        console.print(str(folder), soft_wrap=True, markup=False)
+        out = self.out or cache_folder(DataConfig()) / f"fineweb-{self.tokens}-{self.tokenizer}"
+        began = time.monotonic()
+        folder = prepare_stream(config, out, workers=self.workers, progress=True, restart=self.restart)
+        manifest = read_manifest(folder)
+        _say(folder, manifest, time.monotonic() - began)
+        tokens = sum(split["tokens"] for split in manifest["splits"].values())
+        if tokens < config.tokens:
+            print(f"the source holds no more than these {tokens:,} tokens; {config.tokens:,} were asked for")
         return 0
 
 
@@ -123,9 +189,9 @@ class Inspect:
                 source.get("path")
                 or f"standard library of Python {source['python']}, {source['files']} files"
             )
+            digest = f", SHA-256 {source['sha256'][:16]}" if "sha256" in source else " of text"
             console.print(
-                f"{name}: {source['documents']:,} documents, {source['bytes']:,} bytes, "
-                f"SHA-256 {source['sha256'][:16]}",
+                f"{name}: {source['documents']:,} documents, {source['bytes']:,} bytes{digest}",
                 soft_wrap=True,
                 markup=False,
             )

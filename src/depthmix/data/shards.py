@@ -75,6 +75,53 @@ class SplitWriter:
         entry = {"file": self._name, "tokens": tokens, "bytes": size, "sha256": self._sha256.hexdigest()}
         self.shards.append(entry)
 
+    def state(self) -> dict:
+        """What :meth:`resume` needs, once all that was written is on the disk: plain JSON types."""
+        part = None
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            part = {"tokens": self.shard_tokens - self._room, "sha256": self._sha256.hexdigest()}
+        return {**self.entry(), "shards": list(self.shards), "part": part}
+
+    @classmethod
+    def resume(
+        cls, folder: Path, split: str, dtype: np.dtype, shard_tokens: int, state: dict
+    ) -> "SplitWriter":
+        """A writer that goes on behind ``state``; what was written later is cut off.
+
+        Raises ``RunError`` where the files hold less than ``state`` says, or something else.
+        """
+        writer = cls(folder, split, dtype, shard_tokens)
+        writer.shards = list(state["shards"])
+        writer.tokens, writer.documents = state["tokens"], state["documents"]
+        writer.text_bytes = state["text_bytes"]
+        names = {shard["file"]: shard["bytes"] for shard in writer.shards}
+        part = state["part"]
+        if part is not None:
+            writer._name = f"{split}-{len(writer.shards):05d}.bin"
+            names[writer._name] = part["tokens"] * dtype.itemsize
+        for name, size in names.items():
+            found = (folder / name).stat().st_size if (folder / name).exists() else 0
+            if found < size:
+                raise RunError(f"{folder / name} has {found} bytes where {size} were written")
+        for path in folder.glob(f"{split}-*.bin"):
+            if path.name not in names:
+                path.unlink()
+        if part is not None:
+            file = open(folder / writer._name, "r+b")
+            file.truncate(names[writer._name])
+            writer._sha256 = hashlib.sha256()
+            while piece := file.read(1 << 20):
+                writer._sha256.update(piece)
+            if writer._sha256.hexdigest() != part["sha256"]:
+                file.close()
+                raise RunError(
+                    f"{folder / writer._name} is damaged: its SHA-256 is not that of what was written"
+                )
+            writer._file, writer._room = file, shard_tokens - part["tokens"]
+        return writer
+
     def entry(self) -> dict:
         """What the manifest says of this split."""
         return {

@@ -1,0 +1,242 @@
+"""A depthmix model as a language model of lm-eval (0.4), and what its tasks say of it.
+
+A request that does not fit the model's context is refused before anything is computed; with ``truncate`` the
+beginning of its context is left out, and how often is part of the result.
+"""
+
+import copy
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..data.tokenizers import Tokenizer
+from ..errors import RunError, UserError, suggest
+from ..generation import generate
+from .perplexity import Perplexity, perplexity
+from .score import score
+
+try:
+    from lm_eval.api.model import TemplateLM
+except ImportError as error:
+    raise UserError('--tasks needs a package that is not installed: pip install "depthmix[eval]"') from error
+
+TASKS = Path(__file__).parent / "tasks"
+DEFAULT_NEW_TOKENS = 256
+"""As in lm-eval, for a task that does not say ``max_gen_toks``."""
+
+
+class DepthmixLM(TemplateLM):
+    """``model`` and ``tokenizer`` for :func:`lm_eval.simple_evaluate`."""
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Tokenizer, *, batch_size: int = 16, truncate: bool = False
+    ):
+        super().__init__()
+        self.model, self.words, self.batch_size, self.truncate = model, tokenizer, batch_size, truncate
+        self.context = model.config.seq_len
+        self.truncated = 0
+        """Requests whose context was cut."""
+        self._device = model.embed.weight.device
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.words.end_token
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.words.name
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+        return self.words.encode(string)
+
+    def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """``(log p(continuation | context), is it the greedy one)``; an empty context is the end token."""
+        pairs = []
+        for context, continuation in (request.args for request in requests):
+            if context == "":
+                pairs.append(([self.eot_token_id], self.tok_encode(continuation)))
+            else:
+                pairs.append(self._encode_pair(context, continuation))
+        return self._scored([pair if pair[0] else ([self.eot_token_id], pair[1]) for pair in pairs])
+
+    def _loglikelihood_tokens(self, requests, **kwargs) -> list[tuple[float, bool]]:
+        return self._scored([(context, continuation) for _, context, continuation in requests])
+
+    def _scored(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        fitting, long = [], 0
+        for before, after in pairs:
+            room = self.context + 1 - len(after)
+            if room < 1:
+                raise UserError(
+                    f"a continuation of {len(after)} tokens does not fit the model's context of {self.context}; it "
+                    f"cannot be scored by this model"
+                )
+            long += len(before) > room
+            fitting.append((before[-room:], after))
+        self._cut(long, len(pairs))
+        return [
+            (float(logs.sum()), greedy)
+            for logs, greedy in score(self.model, fitting, batch_size=self.batch_size)
+        ]
+
+    def _cut(self, count: int, total: int) -> None:
+        if count and not self.truncate:
+            raise UserError(
+                f"{count} of {total} requests do not fit the model's context of {self.context} tokens; --truncate "
+                f"leaves out their beginnings and counts them, fewer --fewshot examples make them shorter"
+            )
+        self.truncated += count
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        """``log p(text)``, each token once; windows move by a whole context, as lm-eval's own models do."""
+        found: list[Perplexity | None] = [
+            perplexity(
+                self.model, self.words, [text], stride=self.context, batch_size=self.batch_size
+            ) if text else None
+            for (text,) in (request.args for request in requests)
+        ]  # fmt: skip
+        return [0.0 if one is None else -one.nats for one in found]
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        """Continuations up to the first of ``until``, greedy unless ``do_sample`` and a temperature say otherwise."""
+        wanted, long = [], 0
+        for place, (prompt, options) in enumerate(request.args for request in requests):
+            options = dict(options)
+            until = options.pop("until", [])
+            count = options.pop("max_gen_toks", options.pop("max_new_tokens", DEFAULT_NEW_TOKENS))
+            sample = options.pop("do_sample", None)
+            temperature = options.pop("temperature", 1.0 if sample else 0.0) if sample is not False else 0.0
+            ids = self.tok_encode(prompt) or [self.eot_token_id]
+            if count > self.context:
+                raise UserError(
+                    f"the task generates up to {count} tokens, and the model's context is {self.context}; lower it "
+                    f"with --max-new-tokens"
+                )
+            room = self.context + 1 - count
+            long += len(ids) > room
+            until = tuple(filter(None, [until] if isinstance(until, str) else until or []))
+            keep = (count, until, temperature, options.pop("top_k", None), options.pop("top_p", None))
+            wanted.append((place, ids[-room:], keep))
+        self._cut(long, len(requests))
+        found = [""] * len(wanted)
+        # Prompts of one length and with one set of options share a batch.
+        groups: dict[tuple, list[tuple[int, list[int]]]] = {}
+        for place, ids, options in wanted:
+            groups.setdefault((len(ids), options), []).append((place, ids))
+        for (_, options), members in groups.items():
+            for first in range(0, len(members), self.batch_size):
+                part = members[first : first + self.batch_size]
+                texts = self._generate([ids for _, ids in part], *options)
+                for (place, _), text in zip(part, texts, strict=True):
+                    found[place] = text
+        return found
+
+    def _generate(self, prompts: list[list[int]], count: int, until, temperature, top_k, top_p) -> list[str]:
+        rows: list[list[int]] = [[] for _ in prompts]
+        texts = [""] * len(prompts)
+        done = [False] * len(prompts)
+        steps = generate(
+            self.model, torch.tensor(prompts), count, temperature=temperature, top_k=top_k, top_p=top_p, seed=0,
+            end_token=self.eot_token_id, vocab_size=self.words.vocab_size,
+        )  # fmt: skip
+        for step in steps:
+            for row, token in enumerate(step.tolist()):
+                if done[row]:
+                    continue
+                if token == self.eot_token_id:
+                    done[row] = True
+                    continue
+                rows[row].append(token)
+                texts[row] = self.words.decode(rows[row])
+                done[row] = any(stop in texts[row] for stop in until)
+            if all(done):
+                break
+        for row, text in enumerate(texts):
+            cuts = [at for at in (text.find(stop) for stop in until) if at >= 0]
+            texts[row] = text[: min(cuts)] if cuts else text
+        return texts
+
+
+def shipped_tasks() -> list[str]:
+    """Names of the tasks that come with depthmix."""
+    return sorted(path.stem for path in TASKS.glob("*.yaml"))
+
+
+def _shipped(name: str) -> dict:
+    """A shipped task with the place of its examples."""
+    import yaml
+
+    task = yaml.safe_load((TASKS / f"{name}.yaml").read_text(encoding="utf-8"))
+    task["dataset_kwargs"] = {"data_files": {"test": str(TASKS / f"{name}.jsonl")}}
+    return task
+
+
+def run_tasks(
+    model: DepthmixLM,
+    names: list[str],
+    *,
+    include_path: Path | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    max_new_tokens: int | None = None,
+    seed: int = 0,
+) -> dict:
+    """``results``, ``versions``, ``n-shot``, ``n-samples`` of lm-eval for the named tasks.
+
+    ``include_path``: a folder of task files (``.yaml``), searched before those of lm-eval. Task files are programs:
+    ``!function`` in them runs the Python file beside them.
+    """
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    if include_path is not None and not include_path.is_dir():
+        raise UserError(f"--include-path {include_path} is no folder; give one that holds task files (.yaml)")
+    ours = shipped_tasks()
+    given = None if include_path is None else str(include_path)
+    manager = TaskManager(include_path=given, include_defaults=False)
+    others = [name for name in names if name not in ours or name in manager.all_tasks]
+    if any(name not in manager.all_tasks for name in others):
+        manager = TaskManager(include_path=given)
+        for name in others:
+            if not manager.match_tasks([name]):
+                raise UserError(suggest(name, [*ours, *_near(name, manager.all_tasks)], "task"))
+    tasks = [name if name in others else _shipped(name) for name in names]
+    try:
+        found = lm_eval.simple_evaluate(
+            model=model,
+            tasks=copy.deepcopy(tasks),
+            num_fewshot=num_fewshot,
+            limit=limit,
+            bootstrap_iters=1000,
+            gen_kwargs=None if max_new_tokens is None else {"max_gen_toks": max_new_tokens},
+            task_manager=manager,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+            log_samples=False,
+        )
+    except (ConnectionError, TimeoutError) as error:
+        raise RunError(
+            f"the examples of {', '.join(names)} cannot be fetched ({str(error).splitlines()[0]}); check the network, "
+            f"or take a task whose examples lie here: {', '.join(ours)}, or one of --include-path"
+        ) from error
+    except FileNotFoundError as error:
+        raise UserError(
+            f"the examples of {', '.join(names)} are not there ({str(error).splitlines()[0]}); paths in a task file "
+            f"are relative to {os.getcwd()}"
+        ) from error
+    return {
+        "lm_eval": lm_eval.__version__,
+        **{key: found[key] for key in ("results", "versions", "n-shot", "n-samples") if key in found},
+        **{key: found[key] for key in ("groups",) if found.get(key)},
+        "truncated": model.truncated,
+    }
+
+
+def _near(name: str, known: list[str]) -> list[str]:
+    import difflib
+
+    return difflib.get_close_matches(name, known, n=8, cutoff=0.5)
