@@ -447,8 +447,8 @@ def _export(argv: list[str]) -> int:
     if args.to not in EXPORT_FORMATS:
         raise UserError(suggest(args.to, EXPORT_FORMATS, "format of --to"))
     if not args.out:
-        example = "model.safetensors" if args.to == "safetensors" else "exported"
-        raise UserError(f"--out names what to write, for example --out {example}")
+        what, example = ("file", "model.safetensors") if args.to == "safetensors" else ("folder", "exported")
+        raise UserError(f"--out names the {what} to write, for example --out {example}")
     out = Path(args.out)
     if args.to == "hf":
         from .exchange.folder import export
