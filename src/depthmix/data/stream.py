@@ -16,9 +16,12 @@ documents alone, they are then, to the byte, those of a run that never stopped.
 The last document is the first at which ``tokens`` are reached, both splits and their end tokens counted.
 """
 
+import bisect
 import contextlib
 import glob
 import hashlib
+import inspect
+import itertools
 import json
 import os
 import queue
@@ -212,16 +215,42 @@ class _Stream:
     files: tuple[str, ...]
     revision: str | None
     """Commit of the hub."""
+    builder: object
+    """``datasets.DatasetBuilder`` that made ``data``."""
 
     def texts(self, file: int, row: int) -> Iterator[list[str | None]]:
-        """Texts of one file from ``row`` on, some at a time."""
-        one = self.data.shard(num_shards=len(self.files), index=file).with_format("arrow")
-        seen = 0
-        for table in one.iter(batch_size=ROWS_AT_ONCE):
+        """Texts of one file from ``row`` on, some at a time. Row groups that end before it are not read."""
+        seen, tables = self._tables(file, row)
+        for table in tables:
             skip = max(0, row - seen)
             seen += table.num_rows
-            if skip < table.num_rows:
-                yield table.column(0).slice(skip).to_pylist()
+            for first in range(skip, table.num_rows, ROWS_AT_ONCE):
+                yield table.column(0).slice(first, ROWS_AT_ONCE).to_pylist()
+
+    def _tables(self, file: int, row: int) -> tuple[int, Iterator]:
+        """Tables of one file, and the row with which they begin: the first, or that of a row group."""
+        make = getattr(self.builder, "_generate_tables", None)
+        if row and make is not None and "row_groups_list" in inspect.signature(make).parameters:
+            starts = self._row_groups(self.files[file])
+            group = bisect.bisect_right(starts, row) - 1
+            wanted = tuple(range(group, len(starts) - 1))
+            # What the stream itself calls with every row group: datasets has no public way to begin at one.
+            tables = make(files=[self.files[file]], row_groups_list=[wanted]) if wanted else ()
+            return starts[group], (table for _, table in tables)
+        one = self.data.shard(num_shards=len(self.files), index=file).with_format("arrow")
+        return 0, one.iter(batch_size=ROWS_AT_ONCE)
+
+    def _row_groups(self, name: str) -> list[int]:
+        """Rows before each row group, and all rows, by the file's footer."""
+        import fsspec
+        from pyarrow import parquet
+
+        # As datasets has it: proxies of the environment.
+        options = {"client_kwargs": {"trust_env": True}} if name.startswith("http") else {}
+        with fsspec.open(name, "rb", **options) as file:
+            footer = parquet.read_metadata(file)
+        sizes = (footer.row_group(group).num_rows for group in range(footer.num_row_groups))
+        return [*itertools.accumulate(sizes, initial=0)]
 
 
 def _import_datasets():
@@ -248,12 +277,12 @@ def _open(config: StreamConfig, named: _Named, revision: str | None) -> _Stream:
             builder = datasets.load_dataset_builder(
                 named.dataset, config.subset, revision=revision or config.revision, **options
             )
-        return builder.config.data_files, builder.as_streaming_dataset(split="train")
+        return builder, builder.as_streaming_dataset(split="train")
 
     name = named.dataset or named.files[0]
     try:
-        found, data = load(columns=[field])
-        files = tuple(map(str, found["train"]))
+        builder, data = load(columns=[field])
+        files = tuple(map(str, builder.config.data_files["train"]))
         if data.features is not None and field not in data.features:
             _, whole = load()
             raise UserError(f"{name}: {_no_field(field, whole.features)}")
@@ -279,7 +308,7 @@ def _open(config: StreamConfig, named: _Named, revision: str | None) -> _Stream:
             raise
         raise _unreachable(name, error) from error
     commit = re.search(r"@([0-9a-f]{40})/", files[0])
-    return _Stream(data, files, commit[1] if commit else None)
+    return _Stream(data, files, commit[1] if commit else None, builder)
 
 
 def _unreachable(name: str, error: Exception) -> RunError:
