@@ -30,7 +30,8 @@ test-integrations: $(VENV)/.integrations
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m integrations tests/integrations
 
 test-hf: $(VENV)/.hf
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -m hf tests/hf
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -n 2 -m hf tests/hf --ignore tests/hf/vision
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=$(VENV)/vision $(VENV)/bin/python -m pytest -m hf tests/hf/vision
 
 # 77: what it needs is missing here, and it has said so.
 test-nodes: $(VENV)/.test
@@ -71,6 +72,8 @@ $(VENV)/.docs: pyproject.toml constraints-cpu.txt
 
 $(VENV)/.hf: pyproject.toml constraints-cpu.txt
 	scripts/install.sh $(VENV) test,dev,hf,serve,fineweb,eval,test-hf
+# Apart: beside a CPU build of torch, torchvision's package has no operators, and transformers trips over it.
+	$(VENV)/bin/python -m pip install -q --upgrade --no-deps --target $(VENV)/vision timm==1.0.31 torchvision==0.28.0
 	@touch $@
 
 clean:
