@@ -31,7 +31,7 @@ test-integrations: $(VENV)/.integrations
 
 test-hf: $(VENV)/.hf
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -n 2 -m hf tests/hf --ignore tests/hf/vision
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=$(VENV)/vision $(VENV)/bin/python -m pytest -m hf tests/hf/vision
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=$(abspath $(VENV))/vision $(VENV)/bin/python -m pytest -m hf tests/hf/vision
 
 # 77: what it needs is missing here, and it has said so.
 test-nodes: $(VENV)/.test

@@ -35,7 +35,7 @@ BLOCKS = [
     for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
 ]
 HEAVY = re.compile(r"^import (transformers|timm)", re.M)
-"""Such code is run by tests/hf/test_pages.py."""
+"""Such code is run by tests/hf/vision/test_pages.py."""
 CODE = [(name, code) for name, code in BLOCKS if not HEAVY.search(code)]
 
 
