@@ -248,10 +248,7 @@ def test_saved_and_loaded(family, tmp_path):
 
 def test_without_depthmix_it_is_refused_and_not_half_loaded(tmp_path):
     adapt(config_of(), "mgr-competitive").save_pretrained(tmp_path)
-    before = (Path(__file__).parent / "conftest.py").read_text(encoding="utf-8")
-    code = (
-        f"{before}\nimport transformers; transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})"
-    )
+    code = f"import transformers; transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.returncode == 1 and "depthmix-llama" in ran.stderr
 
