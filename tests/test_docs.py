@@ -339,12 +339,12 @@ def test_exactness_is_that_of_the_file():
 def test_speed_of_many_processes_is_that_of_the_file():
     words = " ".join(text("parallel.md").split())
     found = json.loads((ROOT / "benchmarks/results/parallel-speed-cpu.json").read_text())
+    names = "prenorm", "mgr-competitive"
+    for size in {key.partition(" ")[0] for key in found["data_parallel"]}:
+        ratios = [found["data_parallel"][f"{size} {name}"]["ratio"] for name in names]
+        assert "same batch, `{}` | {:.2f} | {:.2f} |".format(size, *ratios) in words
     for size in ("quick", "xs"):
-        ratios = [
-            found["data_parallel"][f"{size} {name}"]["ratio"] for name in ("prenorm", "mgr-competitive")
-        ]
-        assert "`{}` | {:.2f} | {:.2f} |".format(size, *ratios) in words
-        for name in ("prenorm", "mgr-competitive"):
+        for name in names:
             assert f"{100 * (found['fsdp_overhead'][f'{size} {name}']['ratio'] - 1):.1f} %" in words
     assert f"{found['loader']['ratio']:,.0f} times" in words
     for label in ("dp=2", "fsdp=2", "dp=2 against one process"):
