@@ -481,7 +481,7 @@ def test_left_overs_in_the_cache_are_removed_unless_in_use(text_folder, cache):
 
 
 def test_interrupt_ends_promptly_and_quietly(much_text, tmp_path, python):
-    for attempt in range(4):
+    for attempt in range(20):
         name = f"out{attempt}"
         process = python(PREPARE, str(much_text), str(tmp_path / name))
         while not (tmp_path / f".{name}.building" / "train-00000.bin").exists() and process.poll() is None:
