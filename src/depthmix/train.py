@@ -240,6 +240,8 @@ def _loop(run: "_Run", stop: "_StopSignals") -> None:
         loss, grad_norm, grad_norm_first = _gradients(run, inputs, targets)
         if run.world.any(not (math.isfinite(loss) and math.isfinite(grad_norm))):
             raise _step_not_finite(run, loss, grad_norm)
+        # A checkpoint is whole before the step that follows it is done: no more is ever lost than what is between two.
+        run.durable()
         run.optimizer.step()
         run.step += 1
         run.log_step(loss, grad_norm, grad_norm_first, seconds=time.perf_counter() - started)
