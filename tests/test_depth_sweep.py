@@ -173,9 +173,11 @@ def test_resume_after_the_end_of_the_command(fake_training, no_figures, fake, tm
     """Two runs at work: SIGTERM reaches both; after SIGKILL they end by themselves, holding the folder."""
     out = tmp_path / "out"
     words = ["depth-sweep", "--out", str(out), *SMALL, "--jobs", "2"]
+    hold = tmp_path / "hold"
+    hold.write_text("prenorm-L8-s0 mgr-competitive-L8-s0")
     process = subprocess.Popen(
         [sys.executable, "-c", DRIVER, *words],
-        env=os.environ | {"FAKE_DELAY": "0.05"},
+        env=os.environ | {"FAKE_HOLD": str(hold)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -191,10 +193,11 @@ def test_resume_after_the_end_of_the_command(fake_training, no_figures, fake, tm
         assert process.returncode == 75, complaints
         assert f"go on with: depthmix depth-sweep --out {out} --resume --jobs 2" in complaints
         assert "2 of 4 runs unfinished" in complaints
-        assert all(path.read_text().count("\n") < 30 for path in second)
+        assert all(path.read_text().count("\n") == 2 for path in second)
     else:
         assert sweep(out, "--resume") == 2
         assert "still at work" in capsys.readouterr().err
+    hold.unlink()
     first = out / "prenorm-L4-s0" / "metrics.jsonl"
     before = first.stat().st_mtime_ns
     for _ in range(200):

@@ -2,9 +2,9 @@
 
 ``fabricate`` writes one at once. As a program it stands in for ``depthmix train``: it takes
 ``--config``, ``--out`` and ``--resume``, writes line by line, saves on SIGINT and SIGTERM and leaves
-with status 75. The environment steers it: FAKE_DELAY (seconds a step), FAKE_FAIL (name of the run
-folder that fails halfway), FAKE_DIVERGE (the one whose loss is not finite there), FAKE_KILL (the one that
-is killed).
+with status 75. The environment steers it: FAKE_HOLD (a file with names of run folders; while it is there,
+they wait after their second step), FAKE_FAIL (name of the run folder that fails halfway), FAKE_DIVERGE (the
+one whose loss is not finite there), FAKE_KILL (the one that is killed).
 """
 
 import argparse
@@ -96,6 +96,13 @@ def append(folder, config, step):
         file.write(json.dumps(timing_line(config, step)) + "\n")
 
 
+def held(name):
+    try:
+        return name in Path(os.environ["FAKE_HOLD"]).read_text().split()
+    except (KeyError, FileNotFoundError):
+        return False
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--config")
@@ -128,7 +135,8 @@ def main():
             sys.exit(1)
         if args.out.name == os.environ.get("FAKE_KILL"):
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(float(os.environ.get("FAKE_DELAY", 0)))
+        while step == 2 and not stopped and held(args.out.name):
+            time.sleep(0.01)
         if stopped:
             sys.exit(75)
     (args.out / "result.json").write_text(json.dumps(result(config)))
