@@ -1,6 +1,7 @@
 """The pages under docs: their code runs, their links lead somewhere, their figures are those of the files."""
 
 import json
+import math
 import os
 import re
 import statistics
@@ -383,3 +384,34 @@ def test_counts_of_communication_are_those_of_the_file():
         carried, rings = case["socket_bytes_of_all_processes"], case["ring_bytes_of_all_processes"]
         cells = [f"`{case['parallel']}`", f"{carried:,}", f"{carried / rings:.3f}"]
         assert f"| {' | '.join(cells)} |" in text("parallel-communication.md")
+
+
+def test_faults_are_those_of_the_file():
+    """The table of docs/parallel-faults.md is that of its file."""
+    page = (ROOT / "docs/parallel-faults.md").read_text(encoding="utf-8")
+    data = json.loads((ROOT / "results/parallel/faults.json").read_text())
+    found, kinds = data["summary"], data["summary"]["by_kind"]
+    interval = data["setting"]["checkpoint_interval"]
+    assert found["faults"] == sum(kind["faults"] for kind in kinds.values())
+    assert f"{found['faults']} faults at random moments" in page
+    counts = {name: kind["faults"] for name, kind in kinds.items()}
+    assert (
+        f"{counts['kill'] + counts['kill in save']} kills, {counts['kill in save']} of them inside a save, "
+        f"{counts['stall']} stalls, {counts['no room']} full disks, {counts['nan']} NaNs, {counts['terminate']} signals"
+    ) in page
+    assert f"| jobs that hung | {found['hangs']} |" in page
+    assert (
+        f"metrics or weights than undisturbed ones | {found['jobs_with_other_metrics_or_weights']} of {found['jobs']} |"
+        in page
+    )
+    windows = found["windows_skipped"] + found["windows_out_of_order"]
+    assert f"read twice or skipped | {windows} |" in page
+    assert f"| checkpoints damaged | {found['checkpoints_damaged']} |" in page
+    assert found["steps_lost_max"] == interval and f"at most | {interval}: one checkpoint interval |" in page
+    assert (
+        f"the right one | {found['ranks_wrong']}, of {found['ranks_that_told']} that said something |" in page
+    )
+    assert f"| ranks that said nothing | {found['ranks_silent']} |" in page
+    ends = {name: kind["seconds_to_end_max"] for name, kind in kinds.items()}
+    stall = math.ceil(ends.pop("stall"))
+    assert f"at most | {stall} after a stall" in page and f"else {math.ceil(max(ends.values()))} |" in page
