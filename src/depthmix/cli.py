@@ -29,6 +29,7 @@ VERBS = {
     "train": "train one model",
     "watch": "show a running or finished training: loss, gates, norms and gradients over depth",
     "compare": "train the same model with several residual connections and compare them",
+    "study": "run a declared study as a queue that survives, and make its tables and page",
     "depth-sweep": "train residual connections at several depths and show which of them still learn",
     "generate": "continue a text with a trained model",
     "eval": "loss of any text under a sliding window, and tasks of lm-eval",
@@ -140,6 +141,7 @@ def _dispatch(argv: list[str]) -> int:
         "train": _train,
         "watch": _watch,
         "compare": _compare,
+        "study": _study,
         "depth-sweep": _depth_sweep,
         "generate": _generate,
         "eval": _eval,
@@ -237,6 +239,12 @@ def _watch(argv: list[str]) -> int:
 
 def _compare(argv: list[str]) -> int:
     from .compare import main
+
+    return main(argv)
+
+
+def _study(argv: list[str]) -> int:
+    from .study.command import main
 
     return main(argv)
 

@@ -386,11 +386,10 @@ class Runner:
         try:
             for cell in self.cells:
                 self._load(cell)
-            waiting = [cell for cell in self.cells if cell.state == "waiting"]
             with _display(self) as show:
                 while True:
-                    while waiting and len(self.active) < self.jobs and not self._stopping():
-                        self._start(waiting.pop(0))
+                    while len(self.active) < self.jobs and not self._stopping() and (cell := self._next()):
+                        self._start(cell)
                     if not self.active:
                         break
                     self._wait()
@@ -418,6 +417,10 @@ class Runner:
         if (self.out / cell.name / "result.json").exists():
             self._take_result(cell)
 
+    def _next(self) -> Cell | None:
+        """The cell to start now; None where none is left."""
+        return next((cell for cell in self.cells if cell.state == "waiting"), None)
+
     def _stopping(self) -> bool:
         return bool(self.signals) or any(cell.state == "interrupted" for cell in self.cells)
 
@@ -435,33 +438,41 @@ class Runner:
         folder = self.out / cell.name
         config_file = self.out / "cells" / f"{cell.name}.json"
         log_file = self.out / "cells" / f"{cell.name}.log"
-        planned = next(entry for entry in self.plan["cells"] if entry["name"] == cell.name)
-        config = cell_config(self.plan, planned).to_dict()
-        write_atomically(config_file, (json.dumps(config, indent=2) + "\n").encode())
+        write_atomically(config_file, (json.dumps(self.request(cell), indent=2) + "\n").encode())
         command = self.command(config_file, folder)
         tails = Tail(folder / "metrics.jsonl"), Tail(folder / "timing.jsonl")
         self.plan["failures"].pop(cell.name, None)
         cell.state, cell.message = "starting", ""
-        threads = {} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)}
         with open(log_file, "ab") as log:
-            # A process group of its own: Ctrl-C reaches it once, through _on_signal.
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                process_group=0,
-                pass_fds=(self.lock,),
-                env=os.environ | threads,
-            )
-            active = _Active(cell, process, tails, Pace(time.monotonic()), log_file, log.tell())
+            start = log.tell()
+            process = self.launch(command, log)
+        active = _Active(cell, process, tails, Pace(time.monotonic()), log_file, start)
         self.active.append(active)
         if self.signals:
             process.send_signal(signal.SIGTERM)
 
+    def request(self, cell: Cell) -> dict:
+        """What ``cells/CELL.json`` says to the process: the configuration."""
+        planned = next(entry for entry in self.plan["cells"] if entry["name"] == cell.name)
+        return cell_config(self.plan, planned).to_dict()
+
     def command(self, config_file: Path, folder: Path) -> list[str]:
         """The process of one cell."""
         return train_command(config_file, folder)
+
+    def launch(self, command: list[str], log) -> subprocess.Popen:
+        """Start ``command``, its output into ``log``."""
+        threads = {} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)}
+        # A process group of its own: Ctrl-C reaches it once, through _on_signal.
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            process_group=0,
+            pass_fds=(self.lock,),
+            env=os.environ | threads,
+        )
 
     def _wait(self) -> None:
         """Until a cell is over, but no longer than ``POLL_SECONDS`` (for each that is at work)."""

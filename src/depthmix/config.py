@@ -184,15 +184,24 @@ class DataConfig:
     """Field that holds the text in .jsonl and .parquet."""
     val_fraction: float = 0.05
     """Share of documents held out for validation, 0 to 0.5."""
+    test_fraction: float = 0.0
+    """Share of documents held out for a last test, which training never reads: 0 (none) to 0.5."""
     cache_dir: str | None = None
     """Where shards are kept. Default: $DEPTHMIX_CACHE or ~/.cache/depthmix."""
 
     def __post_init__(self):
         object.__setattr__(self, "data", tuple(self.data))
-        _need(
-            0 < self.val_fraction <= 0.5,
-            f"val_fraction must be above 0 and at most 0.5, got {self.val_fraction}",
-        )
+        check_held_out(self.val_fraction, self.test_fraction)
+
+
+def check_held_out(val_fraction: float, test_fraction: float) -> None:
+    """Raise ``UserError`` for shares of documents that cannot be held out."""
+    _need(0 < val_fraction <= 0.5, f"val_fraction must be above 0 and at most 0.5, got {val_fraction}")
+    _need(0 <= test_fraction <= 0.5, f"test_fraction must be from 0 to 0.5, got {test_fraction}")
+    _need(
+        val_fraction + test_fraction < 1,
+        f"val_fraction {val_fraction} and test_fraction {test_fraction} leave nothing to train on",
+    )
 
 
 @dataclass(frozen=True)

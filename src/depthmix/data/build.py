@@ -7,9 +7,10 @@ were read, so the folder is the same, byte for byte, whatever the number of
 workers, and only a few blocks are in memory at a time.
 
 A document is held out for validation when a hash of its text, taken as a
-number in [0, 1), is below ``val_fraction``: the choice depends on nothing but
-the document, so more files do not reshuffle it and copies of one text never
-stand on both sides.
+number in [0, 1), is below ``val_fraction``, and for the test when it is
+``1 - test_fraction`` or above: the choice depends on nothing but the document,
+so more files do not reshuffle it, copies of one text never stand on two sides,
+and a test part changes nothing about the validation part.
 
 The folder is built under a hidden name beside its place and renamed when it is
 complete; a lock beside it makes a second builder wait and then use what the
@@ -33,6 +34,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -43,15 +45,20 @@ from .shards import (
     FORMAT_VERSION,
     SHARD_TOKENS,
     SPLITS,
+    TEST,
     SplitWriter,
     is_dataset,
     mark_verified,
     read_manifest,
+    split_names,
     verify_once,
     write_manifest,
 )
 from .sources import Block, Reading, Source, find_sources
 from .tokenizers import Tokenizer, bpe_size, load_tokenizer, train_bpe
+
+if TYPE_CHECKING:
+    from .stream import StreamConfig
 
 BPE_SAMPLE_BYTES = 32 << 20
 """Text from which the merges of bpe:N are learnt, in bytes: the sources give equal shares, from
@@ -145,6 +152,8 @@ def _key(config: DataConfig, sources: list[Source], shard_tokens: int) -> str:
         "val_fraction": config.val_fraction,
         "shard_tokens": shard_tokens,
     }
+    if config.test_fraction:
+        decides["test_fraction"] = config.test_fraction
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
@@ -182,6 +191,7 @@ class _Tokenized:
 
     train: _Split
     val: _Split
+    test: _Split
     lowest: float
     highest: float
     """Smallest and largest share (see :func:`_share`) among the documents."""
@@ -206,18 +216,24 @@ def _build(
 ) -> None:
     """Make ``folder`` under a hidden name, then give it its own; on any error remove it all."""
     building = _building_path(folder)
-    threshold = config.val_fraction
+    bounds = Bounds(config.val_fraction, 1 - config.test_fraction)
+    splits = split_names(config.test_fraction)
     with _reporting(sources, progress) as report:
         try:
             while True:
                 building.mkdir()
-                manifest, seen = _write(config, sources, building, workers, threshold, shard_tokens, report)
-                counts = [manifest["splits"][split]["documents"] for split in SPLITS]
-                if all(counts):
+                manifest, seen = _write(config, sources, building, workers, bounds, shard_tokens, report)
+                counts = {split: manifest["splits"][split]["documents"] for split in splits}
+                if all(counts.values()):
                     break
+                if counts.get(TEST) == 0:
+                    raise UserError(
+                        f"none of {sum(counts.values())} documents fell to the test split with test_fraction "
+                        f"{config.test_fraction:g}; raise it, or add text"
+                    )
                 # Rare, with few documents only: all fell on one side. The one nearest to the other
                 # side goes over, and the text is read once more.
-                threshold = _moved_threshold(seen, counts)
+                bounds = Bounds(_moved_threshold(seen, counts), bounds.test)
                 shutil.rmtree(building)
             write_manifest(building, {**manifest, "key": key})
             mark_verified(building, manifest)
@@ -237,7 +253,7 @@ def _write(
     sources: list[Source],
     building: Path,
     workers: int,
-    threshold: float,
+    bounds: "Bounds",
     shard_tokens: int,
     report: "_Report",
 ) -> tuple[dict, _Seen]:
@@ -247,9 +263,12 @@ def _write(
         tokenizer = load_tokenizer(config.tokenizer)
     else:
         report.describe(f"learning {size} tokens")
-        tokenizer = train_bpe(size, _sample(sources, threshold))
+        tokenizer = train_bpe(size, _sample(sources, bounds))
     report.describe("tokenizing")
-    writers = {split: SplitWriter(building, split, tokenizer.dtype, shard_tokens) for split in SPLITS}
+    writers = {
+        split: SplitWriter(building, split, tokenizer.dtype, shard_tokens)
+        for split in split_names(config.test_fraction)
+    }
     documents = [0] * len(sources)
     readings = [Reading() for _ in sources]
     seen = _Seen()
@@ -259,9 +278,9 @@ def _write(
     def write_oldest():
         place, future = waiting.popleft()
         done: _Tokenized = future.result()
-        for split in SPLITS:
+        for split, writer in writers.items():
             part: _Split = getattr(done, split)
-            writers[split].write(part.tokens, part.documents, part.text_bytes)
+            writer.write(part.tokens, part.documents, part.text_bytes)
             documents[place] += part.documents
         seen.lowest, seen.highest = min(seen.lowest, done.lowest), max(seen.highest, done.highest)
         report.tokens(sum(writer.tokens for writer in writers.values()))
@@ -270,7 +289,7 @@ def _write(
         before = 0
         for place, source in enumerate(sources):
             for block in source.blocks(readings[place]):
-                waiting.append((place, pool.submit(_tokenize, block, tokenizer, threshold)))
+                waiting.append((place, pool.submit(_tokenize, block, tokenizer, bounds)))
                 report.read(before + readings[place].bytes)
                 if len(waiting) > workers + 2:
                     write_oldest()
@@ -290,50 +309,71 @@ def _write(
         )
     records = [source.record(reading) for source, reading in zip(sources, readings, strict=True)]
     sources_read = [{**r, "documents": n} for r, n in zip(records, documents, strict=True)]
-    manifest = manifest_of(tokenizer, config.val_fraction, writers, sources_read)
+    manifest = manifest_of(tokenizer, config, writers, sources_read)
     return manifest, seen
 
 
 def manifest_of(
-    tokenizer: Tokenizer, val_fraction: float, writers: dict[str, SplitWriter], sources: list[dict]
+    tokenizer: Tokenizer,
+    config: "DataConfig | StreamConfig",
+    writers: dict[str, SplitWriter],
+    sources: list[dict],
 ) -> dict:
     """What a folder's manifest says but for its key."""
+    fractions = {"val_fraction": config.val_fraction}
+    if config.test_fraction:
+        fractions["test_fraction"] = config.test_fraction
     return {
         "format": FORMAT,
         "version": FORMAT_VERSION,
         "depthmix": _version(),
         "dtype": tokenizer.dtype.str,
-        "val_fraction": val_fraction,
-        "splits": {split: writers[split].entry() for split in SPLITS},
+        **fractions,
+        "splits": {split: writer.entry() for split, writer in writers.items()},
         "sources": sources,
         "tokenizer": tokenizer.to_dict(),
     }
 
 
-def _tokenize(block: Block, tokenizer: Tokenizer, threshold: float) -> _Tokenized:
-    """Runs in a thread: decode, choose the side, tokenize, add the end tokens."""
+@dataclass(frozen=True)
+class Bounds:
+    """Where the shares of documents (:func:`_share`) are cut."""
+
+    val: float
+    """Documents below it are held out for validation."""
+    test: float = 1.0
+    """Documents from it on are held out for the test."""
+
+    def split(self, share: float) -> str:
+        """Name of the split of a document."""
+        return "val" if share < self.val else TEST if share >= self.test else "train"
+
+
+def _tokenize(block: Block, tokenizer: Tokenizer, bounds: Bounds) -> _Tokenized:
+    """Runs in a thread: decode, choose the split, tokenize, add the end tokens."""
     end = np.array([tokenizer.end_token], tokenizer.dtype)
-    arrays: dict[bool, list[np.ndarray]] = {False: [], True: []}
-    counts, sizes = {False: 0, True: 0}, {False: 0, True: 0}
+    splits = (*SPLITS, TEST)
+    arrays: dict[str, list[np.ndarray]] = {split: [] for split in splits}
+    counts, sizes = dict.fromkeys(splits, 0), dict.fromkeys(splits, 0)
     lowest, highest = math.inf, -math.inf
     for raw, text in block.documents():
         share = _share(raw)
-        held_out = share < threshold
-        arrays[held_out] += (tokenizer.encode_array(text), end)
-        counts[held_out] += 1
-        sizes[held_out] += len(raw)
+        split = bounds.split(share)
+        arrays[split] += (tokenizer.encode_array(text), end)
+        counts[split] += 1
+        sizes[split] += len(raw)
         lowest, highest = min(lowest, share), max(highest, share)
-    train, val = (
-        _Split(
-            np.concatenate(arrays[side], dtype=tokenizer.dtype, casting="unsafe")
-            if arrays[side]
+    parts = {
+        split: _Split(
+            np.concatenate(found, dtype=tokenizer.dtype, casting="unsafe")
+            if found
             else np.empty(0, tokenizer.dtype),
-            counts[side],
-            sizes[side],
+            counts[split],
+            sizes[split],
         )
-        for side in (False, True)
-    )
-    return _Tokenized(train, val, lowest, highest)
+        for split, found in arrays.items()
+    }
+    return _Tokenized(**parts, lowest=lowest, highest=highest)
 
 
 def _share(raw: bytes) -> float:
@@ -341,18 +381,18 @@ def _share(raw: bytes) -> float:
     return int.from_bytes(hashlib.blake2b(raw, digest_size=6).digest(), "big") / (1 << 48)
 
 
-def _moved_threshold(seen: _Seen, counts: list[int]) -> float:
+def _moved_threshold(seen: _Seen, counts: dict[str, int]) -> float:
     if seen.lowest == seen.highest:
-        what = "a single document" if sum(counts) == 1 else f"{sum(counts)} copies of one document"
+        total = sum(counts.values())
+        what = "a single document" if total == 1 else f"{total} copies of one document"
         raise UserError(
             f"the text is {what}, so none can be held out for validation; add text "
             f"(a .jsonl line or .parquet row is one document, .txt is cut into documents of 16 to 32 KiB)"
         )
-    train_documents, _ = counts
-    return math.nextafter(seen.lowest, math.inf) if train_documents else seen.highest
+    return math.nextafter(seen.lowest, math.inf) if counts["train"] else seen.highest
 
 
-def _sample(sources: list[Source], threshold: float) -> Iterator[str]:
+def _sample(sources: list[Source], bounds: Bounds) -> Iterator[str]:
     """Text to learn merges from: see ``BPE_SAMPLE_BYTES``."""
     left = BPE_SAMPLE_BYTES
     for place, source in enumerate(sources):
@@ -361,7 +401,7 @@ def _sample(sources: list[Source], threshold: float) -> Iterator[str]:
         for raw, text in documents:
             if share <= 0:
                 break
-            if _share(raw) < threshold:
+            if bounds.split(_share(raw)) != "train":
                 continue
             share -= len(raw)
             left -= len(raw)

@@ -39,6 +39,8 @@ class Prepare:
     """Field (.jsonl) or column (.parquet) that holds the text."""
     val_fraction: float = 0.05
     """Share of documents held out for validation, above 0 and at most 0.5."""
+    test_fraction: float = 0.0
+    """Share of documents held out for a last test, which training never reads. 0: none."""
     workers: int | None = None
     """Threads that tokenize. Default: one a core. The result does not depend on it."""
 
@@ -47,7 +49,9 @@ class Prepare:
         from .build import prepare
         from .shards import read_manifest
 
-        config = DataConfig(self.paths, self.tokenizer, self.text_field, self.val_fraction)
+        config = DataConfig(
+            self.paths, self.tokenizer, self.text_field, self.val_fraction, self.test_fraction
+        )
         began = time.monotonic()
         folder = prepare(config, self.out, workers=self.workers, progress=True)
         seconds = time.monotonic() - began
@@ -91,7 +95,7 @@ class FineWeb:
     """
 
     tokens: str = "10B"
-    """Tokens to write, train and validation together: a number, or one with K, M or B (thousands) behind it. The
+    """Tokens to write, all splits together: a number, or one with K, M or B (thousands) behind it. The
     first document that reaches it is the last."""
     out: Path | None = None
     """Folder to make; must be new, empty, or hold this very dataset. Until it is complete the work lies beside it, as
@@ -109,6 +113,8 @@ class FineWeb:
     """Column that holds the text."""
     val_fraction: float = 0.005
     """Share of documents held out for validation, above 0 and at most 0.5; chosen by a hash of the text."""
+    test_fraction: float = 0.0
+    """Share of documents held out for a last test, which training never reads. 0: none."""
     workers: int | None = None
     """Threads that tokenize. Default: one a core. The result does not depend on it."""
     restart: FlagCreatePairsOff[bool] = False
@@ -128,6 +134,7 @@ class FineWeb:
             tokenizer=self.tokenizer,
             text_field=self.text_field,
             val_fraction=self.val_fraction,
+            test_fraction=self.test_fraction,
         )
         out = self.out or cache_folder(DataConfig()) / f"fineweb-{self.tokens}-{self.tokenizer}"
         began = time.monotonic()

@@ -158,18 +158,21 @@ class Loader:
         return int(order[position - block * ORDER_BLOCK])
 
 
-def eval_batches(split: TokenSplit, seq_len: int, batch_size: int, tokens: int) -> Iterator[tuple]:
-    """The first ``tokens`` of ``split`` in order, the same every time.
+def eval_batches(
+    split: TokenSplit, seq_len: int, batch_size: int, tokens: int, *, spread: bool = False
+) -> Iterator[tuple]:
+    """``tokens`` of ``split`` in order, the same every time: its first ones, or, with ``spread``, windows evenly over it.
 
     ``tokens`` is rounded up to whole windows and capped at the split. Yields
     ``(inputs, targets)``, int64 CPU tensors [batch_size, seq_len]; the last
     batch may have fewer rows. Raises ``UserError`` if the split holds less
     than one window.
     """
-    windows = min(-(-tokens // seq_len), _windows(split, seq_len))
+    there = _windows(split, seq_len)
+    wanted = min(-(-tokens // seq_len), there)
+    chosen = [place * there // wanted for place in range(wanted)] if spread else range(wanted)
     return (
-        _batch(split, seq_len, range(first, min(first + batch_size, windows)))
-        for first in range(0, windows, batch_size)
+        _batch(split, seq_len, chosen[first : first + batch_size]) for first in range(0, wanted, batch_size)
     )
 
 

@@ -31,6 +31,8 @@ FORMAT_VERSION = 1
 SHARD_TOKENS = 1 << 26
 """Tokens a shard: 128 MiB of 16-bit ids."""
 SPLITS = ("train", "val")
+TEST = "test"
+"""A third split, of a dataset that was prepared with one."""
 
 
 # ---- writing ------------------------------------------------------------------------------------
@@ -245,7 +247,12 @@ def _stamps(folder: Path, manifest: dict) -> dict:
 
 
 def _shards(manifest: dict) -> Iterable[dict]:
-    return [shard for split in SPLITS for shard in manifest["splits"][split]["shards"]]
+    return [shard for split in manifest["splits"].values() for shard in split["shards"]]
+
+
+def split_names(test_fraction: float) -> tuple[str, ...]:
+    """Splits of a dataset with so large a share held out for a test."""
+    return (*SPLITS, TEST) if test_fraction else SPLITS
 
 
 def _checksum(manifest: dict) -> str:
@@ -302,6 +309,8 @@ class Dataset:
     manifest: dict
     train: TokenSplit
     val: TokenSplit
+    test: TokenSplit | None = None
+    """None where no documents were held out for a test."""
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -320,7 +329,8 @@ def open_dataset(folder: str | Path, *, verify: Literal["size", "hash"] = "size"
     folder = Path(folder)
     manifest = read_manifest(folder)
     verify_shards(folder, manifest, verify)
-    return Dataset(folder, manifest, *(_open_split(folder, manifest, split) for split in SPLITS))
+    splits = {split: _open_split(folder, manifest, split) for split in manifest["splits"]}
+    return Dataset(folder, manifest, **splits)
 
 
 def _open_split(folder: Path, manifest: dict, split: str) -> TokenSplit:

@@ -38,9 +38,11 @@ from pathlib import Path
 
 import numpy as np
 
+from ..config import check_held_out
 from ..errors import Interrupted, RunError, UserError
 from .build import (
     NO_ROOM,
+    Bounds,
     _cores,
     _is_there,
     _lock_path,
@@ -55,12 +57,13 @@ from .build import (
 from .shards import (
     FORMAT_VERSION,
     SHARD_TOKENS,
-    SPLITS,
+    TEST,
     SplitWriter,
     _checksum,
     is_dataset,
     mark_verified,
     read_manifest,
+    split_names,
     verify_shards,
     write_manifest,
 )
@@ -90,17 +93,18 @@ class StreamConfig:
     revision: str | None = None
     """Commit, tag or branch of the dataset; None: the newest. A commit is kept until the work is finished."""
     tokens: int = 10_000_000_000
-    """Tokens to write, both splits together."""
+    """Tokens to write, all splits together."""
     tokenizer: str = "gpt2"
     text_field: str = "text"
     val_fraction: float = 0.005
     """Share of the documents held out for validation, by a hash of their text."""
+    test_fraction: float = 0.0
+    """Share of the documents held out for a last test; 0: none."""
 
     def __post_init__(self):
         if self.tokens < 1:
             raise UserError(f"tokens must be at least 1, got {self.tokens}")
-        if not 0 < self.val_fraction <= 0.5:
-            raise UserError(f"val_fraction must be above 0 and at most 0.5, got {self.val_fraction}")
+        check_held_out(self.val_fraction, self.test_fraction)
         if bpe_size(self.tokenizer) is not None:
             raise UserError(
                 f"tokenizer {self.tokenizer!r} learns from the text first, and a stream is read once; use gpt2 or byte"
@@ -446,6 +450,8 @@ def _key(config: StreamConfig, named: _Named, shard_tokens: int) -> str:
         "val_fraction": config.val_fraction,
         "shard_tokens": shard_tokens,
     }
+    if config.test_fraction:
+        decides["test_fraction"] = config.test_fraction
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
@@ -480,7 +486,7 @@ class _Work:
             "places": [],
             "splits": {
                 split: {"tokens": 0, "documents": 0, "text_bytes": 0, "shards": [], "part": None}
-                for split in SPLITS
+                for split in split_names(config.test_fraction)
             },
         }
 
@@ -581,9 +587,9 @@ class _Work:
         try:
             writers = {
                 split: SplitWriter.resume(
-                    self.partial, split, self.tokenizer.dtype, self.shard_tokens, state["splits"][split]
+                    self.partial, split, self.tokenizer.dtype, self.shard_tokens, written
                 )
-                for split in SPLITS
+                for split, written in state["splits"].items()
             }
         except RunError as error:
             raise RunError(f"{error}; start again with --restart") from error
@@ -598,7 +604,8 @@ class _Work:
     def _copy(self, stream: _Stream, writers, workers: int, report: "_Progress", received: list) -> None:
         """From the stream into the writers, until there is no more or enough."""
         place = _Place(*self.state["place"])
-        limit, threshold = self.config.tokens, self.config.val_fraction
+        limit = self.config.tokens
+        bounds = Bounds(self.config.val_fraction, 1 - self.config.test_fraction)
         stopped = threading.Event()
         ahead = _Ahead(_blocks(stream, place, stopped.wait, report.tell), stopped)
         pool = ThreadPoolExecutor(workers, thread_name_prefix="depthmix-tokenize")
@@ -610,20 +617,20 @@ class _Work:
             return sum(writer.tokens for writer in writers.values())
 
         def put(done: _Tokenized, file: int) -> None:
-            for split in SPLITS:
+            for split, writer in writers.items():
                 part = getattr(done, split)
-                writers[split].write(part.tokens, part.documents, part.text_bytes)
+                writer.write(part.tokens, part.documents, part.text_bytes)
                 self.state["places"][file][0] += part.documents
                 self.state["places"][file][1] += part.text_bytes
 
         def write_oldest() -> _Place:
             block, file, behind, future = waiting.popleft()
             done: _Tokenized = future.result()
-            if written() + len(done.train.tokens) + len(done.val.tokens) < limit:
+            if written() + sum(len(getattr(done, split).tokens) for split in writers) < limit:
                 put(done, file)
             else:
                 for _, text in block.documents():
-                    put(_tokenize(RowBlock([text]), self.tokenizer, threshold), file)
+                    put(_tokenize(RowBlock([text]), self.tokenizer, bounds), file)
                     if written() >= limit:
                         break
             return behind
@@ -644,7 +651,7 @@ class _Work:
                         more = False
                     elif item:
                         block, file, behind = item
-                        future = pool.submit(_tokenize, block, self.tokenizer, threshold)
+                        future = pool.submit(_tokenize, block, self.tokenizer, bounds)
                         waiting.append((block, file, behind, future))
                         continue
                 if not waiting:
@@ -678,25 +685,27 @@ class _Work:
         """Verify, say what is here, and leave nothing but the dataset in the folder."""
         state = self.state
         dtype, splits = self.tokenizer.dtype, state["splits"]
-        empty = [split for split in SPLITS if not splits[split]["documents"]]
+        empty = [split for split, written in splits.items() if not written["documents"]]
         if empty:
             shutil.rmtree(self.partial, ignore_errors=True)
-            total = sum(splits[split]["documents"] for split in SPLITS)
+            total = sum(written["documents"] for written in splits.values())
+            share = "test_fraction" if empty[0] == TEST else "val_fraction"
+            flag = "--" + share.replace("_", "-")
             raise UserError(
-                f"none of {total} documents fell to the {empty[0]} split with --val-fraction "
-                f"{self.config.val_fraction:g}; raise --val-fraction or --tokens"
+                f"none of {total} documents fell to the {empty[0]} split with {flag} "
+                f"{getattr(self.config, share):g}; raise {flag} or --tokens"
                 if total
                 else f"no text in {self.named.dataset or self.named.files[0]}: every document is empty"
             )
         writers = {
-            split: SplitWriter.resume(self.partial, split, dtype, self.shard_tokens, splits[split])
-            for split in SPLITS
+            split: SplitWriter.resume(self.partial, split, dtype, self.shard_tokens, written)
+            for split, written in splits.items()
         }
         sources = [
             {"path": name, "documents": documents, "bytes": size}
             for name, (documents, size) in zip(state["files"], state["places"], strict=True)
         ]
-        manifest = manifest_of(self.tokenizer, self.config.val_fraction, writers, sources)
+        manifest = manifest_of(self.tokenizer, self.config, writers, sources)
         manifest["stream"] = {
             "source": self.named.dataset or None,
             "subset": None if self.named.files else self.config.subset,
@@ -706,7 +715,7 @@ class _Work:
         manifest["key"] = _final_key(self.key, self.named)
         (self.partial / "manifest.json").unlink(missing_ok=True)
         verify_shards(self.partial, manifest, "hash")
-        for split in SPLITS:
+        for split in writers:
             self._count(split, manifest["splits"][split])
         write_manifest(self.partial, manifest)
         mark_verified(self.partial, manifest)

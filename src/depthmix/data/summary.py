@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from .shards import SPLITS, TokenSplit, open_dataset
+from .shards import TokenSplit, open_dataset
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 SCAN_TOKENS = 1 << 22
@@ -19,7 +19,7 @@ def inspect(
 
     Returns plain JSON types: ``folder``, ``tokenizer``, ``vocab_size``,
     ``dtype``, ``verified`` ("hash" or "size"), ``val_fraction``, ``sources``
-    and ``splits``, which for ``train`` and ``val`` has ``tokens``,
+    and ``splits``, which for ``train``, ``val`` and, where there is one, ``test`` has ``tokens``,
     ``documents``, ``text_bytes``, ``bytes_per_token``, ``shards`` (a count),
     ``document_tokens`` (quantile -> length in tokens, end token not counted)
     and ``sample`` (text of the first ``sample_tokens`` tokens).
@@ -30,7 +30,7 @@ def inspect(
     dataset = open_dataset(folder, verify=verify)
     manifest, tokenizer = dataset.manifest, dataset.tokenizer
     splits = {}
-    for name in SPLITS:
+    for name in manifest["splits"]:
         split: TokenSplit = getattr(dataset, name)
         lengths = np.concatenate(list(_document_lengths(split, tokenizer.end_token)))
         splits[name] = {
