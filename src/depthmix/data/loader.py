@@ -161,7 +161,7 @@ class Loader:
 def eval_batches(
     split: TokenSplit, seq_len: int, batch_size: int, tokens: int, *, spread: bool = False
 ) -> Iterator[tuple]:
-    """``tokens`` of ``split`` in order, the same every time: its first ones, or, with ``spread``, windows evenly over it.
+    """``tokens`` of ``split`` in order, the same every time: its first, or with ``spread`` windows evenly over it.
 
     ``tokens`` is rounded up to whole windows and capped at the split. Yields
     ``(inputs, targets)``, int64 CPU tensors [batch_size, seq_len]; the last
