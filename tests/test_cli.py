@@ -49,7 +49,7 @@ def test_process_help_version_and_error():
     assert wrong.returncode == 2 and wrong.stdout == ""
     assert wrong.stderr == (
         "depthmix: unknown verb 'trian'. Did you mean 'train'? "
-        "Valid: train, watch, compare, depth-sweep, generate, eval, map, diagnose, bench, plan, comm, data, export, "
+        "Valid: train, watch, compare, study, depth-sweep, generate, eval, map, diagnose, bench, plan, comm, data, export, "
         "import, "
         "info\n"
     )
@@ -63,6 +63,7 @@ def test_no_arguments_show_help(capsys):
 HELPS = {
     "train": ["tokens", "in features", "Optimiser steps", "depthmix train --preset quick"],
     "compare": ["tokens", "Optimiser steps", "depthmix compare --recipe quick"],
+    "study": ["CPU threads of a run", "depthmix study studies/tiny.toml"],
     "depth-sweep": ["tokens", "Depths, in sublayers", "depthmix depth-sweep --residuals all"],
     "generate": ["New tokens at most", "depthmix generate runs/mgr"],
     "bench": ["Numbers of streams", "depthmix bench mgr-step"],

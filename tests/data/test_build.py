@@ -102,6 +102,32 @@ def test_share_of_validation_documents(tmp_path):
     assert abs(dataset.val.documents - 1000) < 6 * (20_000 * 0.05 * 0.95) ** 0.5
 
 
+def test_a_test_part_leaves_the_validation_part_as_it_is(text_folder, documents, tmp_path):
+    """Three sides, disjoint and whole; the test part is taken from what was trained on."""
+    before = open_dataset(prepare(DataConfig((str(text_folder),), val_fraction=0.2), tmp_path / "two"))
+    config = DataConfig((str(text_folder),), val_fraction=0.2, test_fraction=0.3)
+    dataset = open_dataset(prepare(config, tmp_path / "three"), verify="hash")
+    train, val, test = (split_documents(dataset, name) for name in ("train", "val", "test"))
+    assert sorted(train + val + test) == sorted(documents) and len(test) > 5
+    assert val == split_documents(before, "val") and before.test is None
+    assert [text for text in split_documents(before, "train") if text not in set(test)] == train
+    assert (dataset.manifest["test_fraction"], "test_fraction" in before.manifest) == (0.3, False)
+    assert inspect(tmp_path / "three")["splits"]["test"]["documents"] == len(test)
+
+
+def test_share_of_test_documents(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(20_000)))
+    config = DataConfig((str(path),), val_fraction=0.05, test_fraction=0.1)
+    dataset = open_dataset(prepare(config, tmp_path / "out"))
+    assert abs(dataset.test.documents - 2000) < 6 * (20_000 * 0.1 * 0.9) ** 0.5
+    with pytest.raises(
+        UserError, match=r"none of 20000 documents fell to the test split with test_fraction 1e-09"
+    ):
+        prepare(DataConfig((str(path),), test_fraction=1e-9), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize("val_fraction", [1e-9, 0.5])
 @pytest.mark.parametrize("count", [2, 3])
 def test_few_documents_still_have_both_sides(tmp_path, val_fraction, count):

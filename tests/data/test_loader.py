@@ -180,3 +180,15 @@ def test_read_outside(counting_split):
     for start, count in ((-1, 2), (9, 2), (11, 0)):
         with pytest.raises(IndexError):
             counting_split(10).read(start, count)
+
+
+@pytest.mark.parametrize("tokens", [1, 20, 60, 1000])
+def test_eval_batches_spread_over_the_split(counting_split, tokens):
+    """Whole windows, none twice, in order, from the first on and as far apart as they can be."""
+    split = counting_split(101)
+    batches = list(eval_batches(split, 5, 4, tokens, spread=True))
+    starts = [row[0].item() for inputs, _ in batches for row in inputs]
+    assert len(starts) == min(20, -(-tokens // 5))
+    assert starts[0] == 0 and all(start % 5 == 0 for start in starts) and starts == sorted(set(starts))
+    gaps = np.diff([*starts, 100])
+    assert gaps.max() - gaps.min() <= 5

@@ -69,9 +69,12 @@ def main(argv: list[str]) -> int:
     if args.plan:
         return _say_plan(study, records, tables)
     status = 0 if args.report else _run(args, argv, study, records, tables)
-    from .page import write_page
+    from .page import print_tables, write_page
+    from .tables import tables_of
 
-    print(f"page: {write_page(study, records)}")
+    page = write_page(study, records)
+    print_tables(tables_of(study, records))
+    print(f"page: {page}")
     return status
 
 

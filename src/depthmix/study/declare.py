@@ -164,7 +164,8 @@ class Study:
             if found is None:
                 return None
             settled = found.changes
-        config = changed(self.base, {**table.changes, **settled, **row.changes, **point.changes}, table.name)
+        where = f"{self.path}: table {table.name}, row {row.name}"
+        config = changed(self.base, {**table.changes, **settled, **row.changes, **point.changes}, where)
         config = dataclasses.replace(config, seed=seed)
         return Cell(key_of(config, self.test_tokens), config)
 
@@ -243,7 +244,10 @@ def load(path: str | Path) -> Study:
     take.end()
     if test_tokens < 1:
         raise UserError(f"{path}: [test] tokens must be at least 1, got {test_tokens}")
-    base = preset(train.pop("preset", "quick"))
+    try:
+        base = preset(train.pop("preset", "quick"))
+    except UserError as error:
+        raise UserError(f"{path}: [train] {error}") from error
     base = changed(base, {"test_fraction": 0.05, **train}, f"{path}: [train]")
     if not base.data.test_fraction:
         raise UserError(

@@ -128,6 +128,15 @@ def test_equal_to_prepare_of_the_same_files(files, tmp_path, whole):
     )
 
 
+def test_a_test_part_is_that_of_prepare(files, tmp_path):
+    paths = tuple(map(str, sorted(files.iterdir())))
+    fractions = {"val_fraction": 0.1, "test_fraction": 0.2}
+    out = prepare_stream(config(files, **fractions), tmp_path / "stream", shard_tokens=SHARD)
+    other = prepare(DataConfig(paths, "gpt2", **fractions), tmp_path / "other", shard_tokens=SHARD)
+    assert shards(out) == shards(other) and any(name.startswith("test-") for name in shards(out))
+    assert open_dataset(out).test.documents > 200
+
+
 def test_ends_with_the_document_that_reaches_the_tokens(files, tmp_path):
     tokenizer = load_tokenizer("gpt2")
     lengths = [len(tokenizer.encode(text)) + 1 for file in range(3) for text in texts(file) if text]

@@ -1,0 +1,157 @@
+"""What differences between paired runs, and losses at several sizes, allow to say.
+
+Seeds are paired: seed k gives every row the same sublayer weights and the same batches, so a row is compared with the
+baseline seed by seed. With ``d_1 .. d_K`` the differences:
+
+    mean = sum d_k / K
+    s.e. = sqrt( sum (d_k - mean)^2 / (K - 1) / K )
+    t    = mean / s.e., with K - 1 degrees of freedom
+
+The p values of one table are corrected for their number by Holm's step-down method (Holm, 1979), which needs no
+independence between them.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import UserError
+
+LEVEL = 0.05
+DRAWS = 20_000
+
+
+def _student():
+    try:
+        from scipy.stats import t
+    except ImportError as error:
+        raise UserError(
+            'a study\'s page needs scipy, which is not installed: pip install "depthmix[study]"'
+        ) from error
+    return t
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Mean of paired differences; the rest is None for one pair."""
+
+    mean: float
+    pairs: int
+    error: float | None = None
+    """Standard error of the mean."""
+    low: float | None = None
+    high: float | None = None
+    """Ends of the 95 % interval, not corrected for the number of comparisons."""
+    p: float | None = None
+    """Two-sided, not corrected."""
+
+
+def paired(differences: Sequence[float]) -> Paired | None:
+    """Mean, standard error, interval and p of paired differences; None of none."""
+    count = len(differences)
+    if not count:
+        return None
+    mean = math.fsum(differences) / count
+    if count == 1:
+        return Paired(mean, 1)
+    error = math.sqrt(math.fsum((d - mean) ** 2 for d in differences) / (count - 1) / count)
+    student = _student()
+    reach = float(student.ppf(1 - LEVEL / 2, count - 1)) * error
+    if error == 0:
+        p = 1.0 if mean == 0 else 0.0
+    else:
+        p = float(2 * student.sf(abs(mean) / error, count - 1))
+    return Paired(mean, count, error, mean - reach, mean + reach, p)
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Holm's corrected p values in the order given; None (no test) stays and does not count."""
+    tested = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
+    corrected: list[float | None] = [None] * len(p_values)
+    least = 0.0
+    for rank, (p, place) in enumerate(tested):
+        least = max(least, min(1.0, p * (len(tested) - rank)))
+        corrected[place] = least
+    return corrected
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """``L = A C^-k`` with 95 % intervals."""
+
+    A: float
+    k: float
+    A_low: float
+    A_high: float
+    k_low: float
+    k_high: float
+    k_error: float
+    runs: int
+    residual: float
+    """Root mean square of ``ln L - ln fit``."""
+
+    def loss(self, compute):
+        return self.A * np.asarray(compute, dtype=float) ** -self.k
+
+
+def fit_power_law(compute: Sequence[float], losses: Sequence[float]) -> PowerLaw | None:
+    """Least squares of ``ln L`` on ``ln C`` over runs, intervals by Student's t with ``runs - 2`` degrees of freedom.
+
+    ``compute``: FLOPs in whatever unit A shall be at 1. None for fewer than three runs or one size.
+    """
+    x, y = np.log(np.asarray(compute, dtype=float)), np.log(np.asarray(losses, dtype=float))
+    if x.size < 3 or np.ptp(x) < 1e-9:
+        return None
+    middle = x.mean()
+    spread = float(((x - middle) ** 2).sum())
+    slope = float(((x - middle) * (y - y.mean())).sum() / spread)
+    start = float(y.mean() - slope * middle)
+    rest = y - start - slope * x
+    variance = float((rest**2).sum() / (x.size - 2))
+    slope_error = math.sqrt(variance / spread)
+    start_error = math.sqrt(variance * (1 / x.size + middle**2 / spread))
+    reach = float(_student().ppf(1 - LEVEL / 2, x.size - 2))
+    return PowerLaw(
+        math.exp(start), -slope, math.exp(start - reach * start_error), math.exp(start + reach * start_error),
+        -slope - reach * slope_error, -slope + reach * slope_error, slope_error, int(x.size),
+        math.sqrt(float((rest**2).mean())),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Multiplier:
+    """Compute with which the baseline reaches the same loss, over the row's own."""
+
+    value: float
+    low: float | None
+    high: float | None
+    """Ends of the 95 % interval."""
+
+
+def compute_multiplier(
+    pairs: Sequence[tuple[float, float, float, float]], baseline: PowerLaw, *, seed: int = 0
+) -> Multiplier | None:
+    """The mean over paired runs, on the logarithmic scale.
+
+    ``pairs``: loss and compute of the baseline, loss and compute of the row, of one size and seed. By the baseline's
+    law, a loss lower by ``delta`` in ``ln L`` takes ``exp(delta / k)`` times the compute, so a pair's multiplier is
+    ``exp( (ln L_b - ln L_r) / k ) C_b / C_r``. The interval takes the mean of the pairs and the slope from their t
+    distributions, independently, ``DRAWS`` times. None without pairs, or with a law that does not fall.
+    """
+    if not pairs or baseline.k <= 0:
+        return None
+    gains = np.array([math.log(lb) - math.log(lr) for lb, _, lr, _ in pairs])
+    share = float(np.mean([math.log(cb) - math.log(cr) for _, cb, _, cr in pairs]))
+    value = math.exp(float(gains.mean()) / baseline.k + share)
+    if len(pairs) < 2 or baseline.runs < 3:
+        return Multiplier(value, None, None)
+    rng = np.random.default_rng(seed)
+    error = float(gains.std(ddof=1)) / math.sqrt(len(pairs))
+    mean = gains.mean() + error * rng.standard_t(len(pairs) - 1, DRAWS)
+    slope = baseline.k + baseline.k_error * rng.standard_t(baseline.runs - 2, DRAWS)
+    kept = slope > 0
+    draws = mean[kept] / slope[kept] + share
+    low, high = np.exp(np.quantile(draws, [LEVEL / 2, 1 - LEVEL / 2]))
+    return Multiplier(value, float(low), float(high))

@@ -1,0 +1,98 @@
+"""Against scipy and against what was put in."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from depthmix.study.statistics import compute_multiplier, fit_power_law, holm, paired
+
+
+def test_paired_is_the_paired_t_test():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 7))
+    found, wanted = paired(list(a - b)), stats.ttest_rel(a, b)
+    interval = wanted.confidence_interval(0.95)
+    np.testing.assert_allclose(
+        [found.mean, found.error, found.p, found.low, found.high],
+        [(a - b).mean(), stats.sem(a - b), wanted.pvalue, interval.low, interval.high],
+        rtol=1e-12,
+    )
+    assert found.pairs == 7
+
+
+def test_paired_of_few():
+    assert paired([]) is None
+    one = paired([0.25])
+    assert (one.mean, one.pairs, one.error, one.p) == (0.25, 1, None, None)
+    assert paired([0.0, 0.0]).p == 1.0 and paired([0.5, 0.5]).p == 0.0
+
+
+def test_holm():
+    """The example of Holm's method: ordered p against alpha / m, alpha / (m - 1), ..."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([None, 0.5, 0.04]) == [None, 0.5, 0.08]
+    assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
+    rng = np.random.default_rng(1)
+    p = rng.uniform(size=9)
+    # Step by step, as the definition has it: the k-th smallest is rejected while all before it are.
+    for level in (0.02, 0.2, 0.6):
+        rejected, order = set(), np.argsort(p)
+        for rank, place in enumerate(order):
+            if p[place] > level / (len(p) - rank):
+                break
+            rejected.add(place)
+        assert {place for place, value in enumerate(holm(p)) if value <= level} == rejected
+
+
+def test_power_law_is_linear_regression_of_logarithms():
+    rng = np.random.default_rng(2)
+    compute = np.repeat([1e12, 1e13, 1e14, 1e15], 3)
+    losses = 9.0 * compute**-0.06 * np.exp(0.01 * rng.normal(size=compute.size))
+    found = fit_power_law(compute, losses)
+    wanted = stats.linregress(np.log(compute), np.log(losses))
+    reach = stats.t.ppf(0.975, compute.size - 2)
+    assert found.k == pytest.approx(-wanted.slope, rel=1e-9) and found.k_error == pytest.approx(
+        wanted.stderr, rel=1e-9
+    )
+    assert found.k_high - found.k == pytest.approx(reach * wanted.stderr, rel=1e-9)
+    assert math.log(found.A) == pytest.approx(wanted.intercept, rel=1e-9)
+    assert math.log(found.A_high / found.A) == pytest.approx(reach * wanted.intercept_stderr, rel=1e-9)
+    exact = fit_power_law(compute, 9.0 * compute**-0.06)
+    assert (exact.A, exact.k) == (pytest.approx(9.0), pytest.approx(0.06))
+    np.testing.assert_allclose(exact.loss(compute), 9.0 * compute**-0.06)
+    assert (
+        fit_power_law([1.0, 1.0, 1.0], [2.0, 2.1, 2.2]) is None
+        and fit_power_law([1.0, 2.0], [2.0, 1.0]) is None
+    )
+
+
+def test_compute_multiplier_is_what_was_put_in():
+    """A row that does with C what the baseline does with 1.25 C."""
+    compute = np.array([1e12, 1e13, 1e14])
+    law = fit_power_law(compute, 9.0 * compute**-0.06)
+    pairs = [(9.0 * c**-0.06, c, 9.0 * (1.25 * c) ** -0.06, c) for c in compute]
+    found = compute_multiplier(pairs, law)
+    assert (
+        found.value == pytest.approx(1.25)
+        and found.low == pytest.approx(1.25)
+        and found.high == pytest.approx(1.25)
+    )
+    # The same losses with a tenth more compute are worth as much less.
+    dearer = [(lb, cb, lr, 1.1 * cr) for lb, cb, lr, cr in pairs]
+    assert compute_multiplier(dearer, law).value == pytest.approx(1.25 / 1.1)
+    assert compute_multiplier([], law) is None
+
+
+def test_intervals_hold_what_they_promise():
+    """Of 400 experiments with known truth, 95 % contain it (binomial: 93 to 97 %)."""
+    rng = np.random.default_rng(3)
+    compute, inside = np.repeat([1e12, 1e13, 1e14], 3), 0
+    for _ in range(400):
+        base = 9.0 * compute**-0.06 * np.exp(0.004 * rng.normal(size=9))
+        row = 9.0 * (1.2 * compute) ** -0.06 * np.exp(0.004 * rng.normal(size=9))
+        law = fit_power_law(compute, base)
+        found = compute_multiplier(list(zip(base, compute, row, compute, strict=True)), law)
+        inside += found.low <= 1.2 <= found.high
+    assert 372 <= inside <= 392
