@@ -49,8 +49,8 @@ def test_process_help_version_and_error():
     assert wrong.returncode == 2 and wrong.stdout == ""
     assert wrong.stderr == (
         "depthmix: unknown verb 'trian'. Did you mean 'train'? "
-        "Valid: train, watch, compare, study, depth-sweep, generate, eval, map, diagnose, bench, plan, comm, data, export, "
-        "import, "
+        "Valid: train, watch, compare, study, depth-sweep, generate, eval, map, diagnose, bench, plan, comm, data, "
+        "export, import, "
         "info\n"
     )
 

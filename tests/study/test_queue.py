@@ -91,12 +91,8 @@ def test_tables_by_name_and_a_longer_study(fake_runs, study_file, capsys):
 def test_failed_and_diverged_runs(fake_runs, study_file, capsys, monkeypatch):
     path = study_file()
     cells = {use: cell for use, cell in load(path).uses(load(path).table("rates"))}
-    low = [
-        cell.name for use, cell in cells.items() if (use.row, use.point, use.seed) == ("prenorm", "low", 0)
-    ][0]
-    high = [
-        cell.name for use, cell in cells.items() if (use.row, use.point, use.seed) == ("prenorm", "high", 1)
-    ][0]
+    names = {(use.row, use.point, use.seed): cell.name for use, cell in cells.items()}
+    low, high = names["prenorm", "low", 0], names["prenorm", "high", 1]
     monkeypatch.setenv("FAKE_FAIL", low)
     monkeypatch.setenv("FAKE_DIVERGE", high)
     assert study(path) == 1
