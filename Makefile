@@ -7,13 +7,14 @@
 # make test-nodes  two nodes, as network namespaces, that lose each other in training; needs root and iproute2
 # make docs    install mkdocs and build the site into build/site; fails on any warning
 # make package  build wheel and sdist into build/dist and check them in another environment
+# make results  make the pages of docs/results again from results/*/*.jsonl
 # make gpu-check  everything that needs an NVIDIA GPU: tests, sanitizer, benchmarks; installs nothing
 # make lint    style and common mistakes
 PYTHON ?= python3
 VENV ?= .venv
 export PYTHON
 
-.PHONY: demo test test-peers test-kernels test-integrations test-hf test-nodes docs package gpu-check lint clean
+.PHONY: demo test test-peers test-kernels test-integrations test-hf test-nodes docs package results gpu-check lint clean
 demo: $(VENV)/.demo
 	$(VENV)/bin/depthmix compare --recipe quick --out runs/demo --resume
 
@@ -42,6 +43,9 @@ docs: $(VENV)/.docs
 
 package: $(VENV)/.test
 	$(VENV)/bin/python scripts/check_package.py
+
+results: $(VENV)/.test
+	for study in studies/*.toml; do $(VENV)/bin/depthmix study $$study --report || exit; done
 
 gpu-check:
 	scripts/gpu_check.sh

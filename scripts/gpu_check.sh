@@ -1,7 +1,7 @@
 #!/bin/sh
 # Everything that needs an NVIDIA GPU, as steps that can be run one by one and repeated: what is finished is kept.
 #
-#   scripts/gpu_check.sh [STEP ...]      default: tests determinism sanitizer ops memory steps generation
+#   scripts/gpu_check.sh [STEP ...]      default: tests determinism sanitizer ops memory steps generation study
 #
 # Runs the source as it lies here with $PYTHON (default python3), which must have torch for CUDA, triton and depthmix's
 # dependencies with the extra test; nothing is installed. Records go to $RESULTS (default benchmarks/results).
@@ -58,8 +58,14 @@ print(digest.hexdigest())'
         done
         ;;
     generation) bench generation-gpu generation-step --preset S --dtype bf16 ;;
+    study) # the nine rows of Table 1 at preset xs; needs $DEPTHMIX_TEXT, the folder of the text; ends within
+        # $STUDY_SECONDS with everything saved, and goes on when it is called again
+        status=0
+        timeout "${STUDY_SECONDS:-540}" "$PYTHON" -m depthmix study studies/xs.toml --devices 0 || status=$?
+        [ $status = 0 ] || [ $status = 75 ] || [ $status = 124 ] || exit $status
+        ;;
     *)
-        echo "gpu-check: no step named '$1'; steps: tests determinism sanitizer ops memory steps generation" >&2
+        echo "gpu-check: no step named '$1'; steps: tests determinism sanitizer ops memory steps generation study" >&2
         exit 2
         ;;
     esac

@@ -31,6 +31,7 @@ def fake_runs(monkeypatch):
         lambda self, file, folder: [sys.executable, str(FAKE), str(file), str(folder)],
     )
     monkeypatch.setattr(command, "prepare_data", lambda config, again: 320)
+    monkeypatch.setattr(command, "_check_test_split", lambda config: None)
     monkeypatch.setattr("depthmix.compare.POLL_SECONDS", 0.01)
 
 
@@ -115,6 +116,7 @@ from depthmix import cli, compare
 from depthmix.study import command, queue
 queue.StudyRunner.command = lambda self, file, folder: [sys.executable, {str(FAKE)!r}, str(file), str(folder)]
 command.prepare_data = lambda config, again: 320
+command._check_test_split = lambda config: None
 compare.POLL_SECONDS = 0.02
 sys.exit(cli.main(sys.argv[1:]))
 """
@@ -240,3 +242,17 @@ def test_places():
     assert places(devices=("0,1",)) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
     assert places(devices=("2", "3"), processes=2) == [{"CUDA_VISIBLE_DEVICES": "2,3"}]
     assert places(jobs=2, scheduler=("cluster=slurm",)) == [{}, {}]
+
+
+def test_a_text_without_a_test_part(study_file, tmp_path, monkeypatch, capsys):
+    """A prepared folder has the splits that it has: refused before the first run."""
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "a.txt").write_text("".join(f"line {number}\n" for number in range(9000)))
+    assert cli.main(["data", "prepare", str(text), "--out", str(tmp_path / "shards")]) == 0
+    capsys.readouterr()
+    path = study_file(STUDY.replace("$THE_TEXT/*.txt", "$THE_SHARDS"))
+    monkeypatch.setenv("THE_SHARDS", str(tmp_path / "shards"))
+    assert study(path) == 2
+    assert "has no test split; prepare the text again with --test-fraction" in capsys.readouterr().err
+    assert not records(path)

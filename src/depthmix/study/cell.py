@@ -65,11 +65,13 @@ def _train(config: TrainConfig, file: Path, folder: Path, processes: int) -> int
 def test_loss(folder: Path, tokens: int) -> dict:
     """Loss in nats a token of the last weights over windows spread evenly over the test split.
 
-    ``test_loss``, ``test_tokens`` (targets that were read), ``seconds``, and the ``data`` that was read, by the
-    fingerprints of its splits.
+    ``test_loss``, ``test_tokens`` (targets that were read), ``seconds``, the ``data`` that was read, by the
+    fingerprints of its splits, ``flops_per_token`` of training, and on a GPU ``peak_flops``: what a large product
+    of bf16 matrices reaches on it, a second.
     """
     import torch
 
+    from ..bench.machine import matrix_flops
     from ..checkpoint import latest_checkpoint, load_model
     from ..data import eval_batches, open_dataset, prepare
     from ..device import find_device
@@ -90,12 +92,14 @@ def test_loss(folder: Path, tokens: int) -> dict:
             _, loss = model(inputs.to(device), targets.to(device))
             total += loss.double().cpu() * targets.numel()
             count += targets.numel()
+    peak = matrix_flops(device, torch.bfloat16, 8192) if device.type == "cuda" else None
     return {
         "test_loss": total.item() / count,
         "test_tokens": count,
         "seconds": time.monotonic() - began,
         "data": {split: getattr(dataset, split).fingerprint for split in ("train", "val", "test")},
         "flops_per_token": 3 * forward_flops(model),
+        "peak_flops": peak,
     }
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from .. import flags
 from ..compare import lock_folder, prepare_data
-from ..errors import UserError, suggest
+from ..errors import EXIT_USAGE, UserError, suggest
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,14 @@ def main(argv: list[str]) -> int:
     from .page import print_tables, write_page
     from .tables import tables_of
 
-    page = write_page(study, records)
+    try:
+        page = write_page(study, records)
+    except UserError as error:
+        if args.report:
+            raise
+        # The runs are what took the time: they are kept whatever becomes of the page.
+        print(f"depthmix: the results are in {study.results}, but there is no page: {error}", file=sys.stderr)
+        return status or EXIT_USAGE
     print_tables(tables_of(study, records))
     print(f"page: {page}")
     return status
@@ -104,9 +112,19 @@ def _run(args: StudyCommand, argv: list[str], study, records, tables: list[str])
         texts = {cell.config.data: cell.config for cell in runner.known.values()}
         for config in texts.values():
             prepare_data(expanded(config), again)
+            _check_test_split(expanded(config))
         return runner.run()
     finally:
         os.close(lock)
+
+
+def _check_test_split(config) -> None:
+    """Refuse a folder that was prepared without a test split, before hours are spent."""
+    from ..data import open_dataset, prepare
+
+    folder = prepare(config.data)
+    if open_dataset(folder).test is None:
+        raise UserError(f"{folder} has no test split; prepare the text again with --test-fraction")
 
 
 def _places(args: StudyCommand):

@@ -165,7 +165,7 @@ def _compare(result: TableResult) -> str:
     alone = _alone(result.rows)
     head = ["row", "seeds", "parameters", "train", "validation", "test", f"test minus {result.table.baseline}",
             "95 % interval", "p"]  # fmt: skip
-    head += ["tokens/s", "peak memory (MiB)"] if alone else []
+    head += ["tokens/s", "MFU %", "peak memory (MiB)", "saved (bytes/token)"] if alone else []
     lines = []
     for row in result.rows:
         found = row.difference
@@ -179,9 +179,15 @@ def _compare(result: TableResult) -> str:
         ]  # fmt: skip
         if alone:
             speed, memory = row.mean("tokens_per_s")[0], row.mean("peak_memory_bytes")[0]
+            peak, saved = row.mean("peak_flops")[0], row.mean("saved_bytes_per_token")[0]
+            used = (
+                None if speed is None or peak is None else 100 * speed * row.mean("flops_per_token")[0] / peak
+            )
             cells += [
                 "–" if speed is None else f"{speed:,.0f}",
+                "–" if used is None else f"{used:.1f}",
                 "–" if memory is None else f"{memory / 2**20:,.0f}",
+                "–" if saved is None else f"{saved:,.0f}",
             ]
         lines.append(cells)
     return _markdown(head, lines) + (

@@ -26,6 +26,7 @@ CURVE_POINTS = 60
 MEASURES = (
     "steps", "tokens", "parameters", "connection_parameters", "train_loss", "val_loss", "best_val_loss", "test_loss",
     "test_tokens", "flops_per_token", "tokens_per_s", "peak_memory_bytes", "saved_bytes_per_token", "wall_seconds",
+    "peak_flops",
 )  # fmt: skip
 
 
