@@ -85,6 +85,25 @@ def test_everything_comes_back_bit_for_bit(tmp_path, dtype):
     assert sorted(p.name for p in path.iterdir()) == sorted(FILES)
 
 
+@pytest.mark.parametrize("saved, read", [(4.0, 4.0), (1.0, 4.0), (4.0, 1.0)])
+def test_state_is_found_by_name_whatever_the_groups(tmp_path, saved, read):
+    def made(factor, seed):
+        model = GPT(CONFIG.model, seed=seed)
+        optimizer = build_optimizer(model, OptimConfig(connection_lr=factor))
+        ids = torch.arange(16).view(2, 8)
+        model(ids, ids.flip(1))[1].backward()
+        optimizer.step()
+        return model, optimizer
+
+    model, optimizer = made(saved, 0)
+    other, other_optimizer = made(read, 1)
+    restore(load_checkpoint(save(tmp_path, 40, model, optimizer)), other, other_optimizer)
+    ours, theirs = optimizer.named_state(), other_optimizer.named_state()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    rates = {g["kind"]: g["peak_lr"] for g in other_optimizer.param_groups}
+    assert rates.get("connection_no_decay") == (None if read == 1 else 4 * OptimConfig().lr)
+
+
 def test_files_have_the_permissions_that_the_umask_gives(tmp_path):
     path = save(tmp_path, 1)
     (tmp_path / "plain").write_text("")

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from depthmix import GPT, GPTConfig
 from depthmix.config import OptimConfig
 from depthmix.optim import POLAR_EXPRESS, MuonAdamW, build_optimizer, parameter_groups, polar_express
 
@@ -224,6 +225,47 @@ def test_agrees_with_torch_adamw(fused, ulps):
                 continue
             other = theirs.get_parameter(name)
             assert ((parameter - other).abs() <= ulps * 2**-23 * other.abs().clamp(min=0.1)).all(), name
+
+
+@pytest.mark.parametrize("residual", ["mgr-competitive", "hc", "moda"])
+def test_the_connection_at_a_rate_of_its_own(residual):
+    """Gates, pools and mixing matrices as torch's AdamW of another rate steps them; all else as without."""
+    model_config = GPTConfig(16, 4, 8, 2, 8, residual=residual, n_streams=2)
+    ours, theirs, plain = (GPT(model_config, seed=0) for _ in range(3))
+    optimizer = build_optimizer(ours, OptimConfig(lr=0.01, connection_lr=4.0))
+    usual = build_optimizer(plain, OptimConfig(lr=0.01))
+    assert [g["kind"] for g in usual.param_groups] == ["muon", "adamw", "adamw_no_decay"]
+    own = {
+        f"{path}.{name}"
+        for path, module in theirs.named_modules()
+        if path.endswith("_site") or path == "residual"
+        for name, _ in module.named_parameters()
+    } - {name for name, _ in parameter_groups(theirs)["muon"]}
+    groups = parameter_groups(ours, connection_apart=True)
+    assert {n for kind in ("connection", "connection_no_decay") for n, _ in groups[kind]} == own
+    assert sorted(n for named in groups.values() for n, _ in named) == sorted(dict(ours.named_parameters()))
+    decayed = {n for n, _ in parameter_groups(theirs)["adamw"]}
+    reference = torch.optim.AdamW(
+        [
+            {"params": [theirs.get_parameter(n) for n in sorted(own & decayed)], "weight_decay": 0.1},
+            {"params": [theirs.get_parameter(n) for n in sorted(own - decayed)], "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.95),
+        fused=True,
+    )
+    for step in range(4):
+        for model in (ours, theirs, plain):
+            give_gradients(model.parameters(), step)
+        for group in reference.param_groups:
+            group["lr"] = 0.01 * 4.0 * (step + 1) / 4
+        for each in (optimizer, usual):
+            each.set_lr_fraction((step + 1) / 4)
+            each.step()
+        reference.step()
+    for name, parameter in ours.named_parameters():
+        same = theirs if name in own else plain
+        assert torch.equal(parameter, same.get_parameter(name)), name
+        assert (name in own) == (not torch.equal(parameter, plain.get_parameter(name))), name
 
 
 def test_low_precision_weights_have_fp32_masters():

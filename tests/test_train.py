@@ -292,6 +292,20 @@ def test_compiled_follows_eager(config, tmp_path):
     load_model(tmp_path / "compiled")  # names in the checkpoint are the plain model's
 
 
+def test_a_rate_of_the_connections_own_is_on_record_and_survives_a_resume(config, tmp_path):
+    optim = dataclasses.replace(config.optim, connection_lr=0.25)
+    config = changed(config, optim=optim, steps=6, eval_interval=0, checkpoint_interval=3)
+    train(config, tmp_path / "run", quiet=True)
+    whole = lines(tmp_path / "run")
+    assert all(line["connection_lr"] == 0.25 * line["lr"] for line in whole if line["split"] == "train")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")
+    (tmp_path / "run" / "result.json").unlink()
+    train(config, tmp_path / "run", quiet=True, resume=True)
+    assert lines(tmp_path / "run") == whole
+    with pytest.raises(ValueError, match=r"connection_lr: 0.25 there, 1.0 asked for"):
+        train(changed(config, optim=dataclasses.replace(optim, connection_lr=1.0)), tmp_path / "run", resume=True)
+
+
 def test_best_and_last_checkpoints_are_kept(config, tmp_path):
     config = changed(config, optim=OptimConfig(lr=0.05, muon_lr=0.3, warmup_steps=5, min_lr_fraction=1.0))
     train(config, tmp_path / "run", quiet=True)

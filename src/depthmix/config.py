@@ -212,6 +212,8 @@ class OptimConfig:
     """Peak learning rate of AdamW: embeddings, norms, biases, gates, pooling vectors."""
     muon_lr: float = 1e-2
     """Peak learning rate of Muon: 2-D matrices of the trunk."""
+    connection_lr: float = 1.0
+    """Factor on AdamW's learning rate for the residual connection's own parameters: gates, pools, mixing matrices."""
     weight_decay: float = 0.1
     """Decoupled weight decay of 2-D parameters; 1-D parameters have none."""
     beta1: float = 0.9
@@ -228,8 +230,9 @@ class OptimConfig:
     """Where the cosine ends, as a share of the peak."""
 
     def __post_init__(self):
-        for name in ("lr", "muon_lr"):
-            _need(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("lr", "muon_lr", "connection_lr"):
+            value = getattr(self, name)
+            _need(value > 0 and math.isfinite(value), f"{name} must be positive, got {value}")
         for name in ("weight_decay", "grad_clip", "warmup_steps"):
             _need(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("beta1", "beta2", "muon_momentum"):

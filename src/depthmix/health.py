@@ -10,7 +10,7 @@ no such thing at all::
     output_rms           [2L]  RMS of what it returns
     stream_rms           [2L][n]  RMS of each stream behind it; fewer streams while they are being appended
     gate_mean, gate_max  [2L]  over tokens and streams (or channels): how much of its output is admitted
-    gate_mean_stream     [2L][n]  the mean by stream; not there for gates per channel
+    gate_mean_stream     [2L][n]  the mean by stream, null where the sublayer writes others; not there for gates per channel
     gate_range           [2]   where such gates lie
     pool_mean            [2L][k]  mean weight of each stream or source in what is read behind it
     gradient_rms         [L]   RMS of d loss / d parameter over all parameters of the block and its sites, in the step
@@ -35,6 +35,7 @@ from .diagnostics.capture import capture
 from .model import GPT
 from .ops.reference import compute_dtype
 from .optim import MuonAdamW
+from .residuals.base import Site
 
 TEXT_TOKENS = 512
 """What one evaluation is measured on: a mean over so many tokens is steady, and small beside the evaluation."""
@@ -111,7 +112,7 @@ def measure(model: GPT, ids: Tensor, autocast: AbstractContextManager) -> Health
             found.append(("gate_mean", sublayer, value.mean()))
             found.append(("gate_max", sublayer, value.max()))
             if not sites[sublayer].per_channel:
-                found.append(("gate_mean_stream", sublayer, value.mean((0, 1))))
+                found.append(("gate_mean_stream", sublayer, _by_stream(value, sites[sublayer])))
             found.append(("gates", sublayer, _sample(value)))
 
     with capture(model, [f"blocks.*.{point}" for point in _POINTS], take), autocast:
@@ -151,6 +152,16 @@ def gradients(model: GPT, optimizer: MuonAdamW) -> Gradients:
 def _rms(value: Tensor, over: tuple[int, ...]) -> Tensor:
     count = math.prod(value.shape[i] for i in over)
     return torch.linalg.vector_norm(value, dim=over) / math.sqrt(count)
+
+
+def _by_stream(gate: Tensor, site: Site) -> Tensor:
+    """``[n]`` means of ``gate [B, T, n]``; NaN for a stream that the site does not write."""
+    means = gate.mean((0, 1))
+    if site.gated_streams is None:
+        return means
+    placed = means.new_full((2 * len(means),), math.nan)
+    placed[list(site.gated_streams)] = means
+    return placed
 
 
 def _sample(value: Tensor) -> Tensor:

@@ -69,7 +69,8 @@ def reconstruction_error(model: "GPT", ids: Tensor) -> list[dict]:
     lerps = [(i, site) for i, site in enumerate(sites, start=1) if isinstance(site, LerpSite)]
     if not lerps:
         raise UserError(
-            f"residual {model.config.residual!r} has no lerping sublayers to invert; use one of the mgr names"
+            f"residual {model.config.label!r} has no lerping sublayers to invert; use one of the mgr names, without "
+            f"separate_streams"
         )
     handles = [site.register_forward_hook(record) for _, site in lerps]
     try:

@@ -89,13 +89,16 @@ def polar_express(
     return X.reshape(matrices.shape)
 
 
-def parameter_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
+def parameter_groups(
+    model: nn.Module, connection_apart: bool = False
+) -> dict[str, list[tuple[str, nn.Parameter]]]:
     """Names and parameters of ``model``, each in exactly one group.
 
     A residual connection's own parameters go where its sites say. Of the others, ``muon``: 2-D
     parameters inside ``model.blocks``, the sublayers of :func:`depthmix.wrap` and the blocks of
     :func:`depthmix.adapt`; ``adamw``: all with two dimensions or more (the embedding), with
-    weight decay; ``adamw_no_decay``: vectors and scalars. A tied parameter appears once, under its first
+    weight decay; ``adamw_no_decay``: vectors and scalars. With ``connection_apart`` the connection's own parameters in
+    either are in ``connection`` and ``connection_no_decay`` instead. A tied parameter appears once, under its first
     name. Raises ``ValueError`` for a parameter that fits no group, or two of them (tied between the trunk
     and something outside it).
     """
@@ -116,6 +119,10 @@ def parameter_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter
         if isinstance(module, Site | Residual)
         for name, parameter in module.named_parameters()
     }
+    if connection_apart:
+        groups |= {"connection": [], "connection_no_decay": []}
+        apart = {"adamw": "connection", "adamw_no_decay": "connection_no_decay"}
+        connection = {name: apart.get(group, group) for name, group in connection.items()}
     placed: dict[nn.Parameter, tuple[str, str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if not parameter.is_floating_point():
@@ -171,10 +178,13 @@ class MuonAdamW(torch.optim.Optimizer):
         dtype: torch.dtype | None = None,
         layout: "Layout | None" = None,
     ):
+        connection_lr = config.lr * config.connection_lr
         options = {
             "muon": {"peak_lr": config.muon_lr, "weight_decay": config.weight_decay},
             "adamw": {"peak_lr": config.lr, "weight_decay": config.weight_decay},
             "adamw_no_decay": {"peak_lr": config.lr, "weight_decay": 0.0},
+            "connection": {"peak_lr": connection_lr, "weight_decay": config.weight_decay},
+            "connection_no_decay": {"peak_lr": connection_lr, "weight_decay": 0.0},
         }
         super().__init__(
             [
@@ -401,8 +411,11 @@ def matrix_batches(keys: Sequence[tuple[tuple[int, int], object]], most: int) ->
 def build_optimizer(
     parts: nn.Module | Sequence[nn.Module], config: OptimConfig, layout: "Layout | None" = None
 ) -> MuonAdamW:
-    """The optimiser of a model's parameters, or of several stages', on the device and in the dtypes they have now."""
+    """The optimiser of a model's parameters, or of several stages', on the device and in the dtypes they have now.
+
+    The connection's own parameters are groups apart where ``config.connection_lr`` is not 1.
+    """
     parts = [parts] if isinstance(parts, nn.Module) else parts
-    found = [parameter_groups(part) for part in parts]
+    found = [parameter_groups(part, connection_apart=config.connection_lr != 1) for part in parts]
     groups = {kind: [named for groups in found for named in groups[kind]] for kind in found[0]}
     return MuonAdamW(groups, config, layout=layout)

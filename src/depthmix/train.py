@@ -17,6 +17,7 @@ One line of ``metrics.jsonl`` an optimiser step (``"split": "train"``)::
     grad_norm_first       of that, the part of the first sublayer's own parameters (the first attention
                           with its norm): what depth leaves of the gradient at the bottom
     lr, muon_lr           learning rates of AdamW and of Muon
+    connection_lr         AdamW's for the connection's own parameters, where it is another
 
 and one an evaluation (``"split": "val"``): step, tokens, loss. A run that ends because a loss is not finite
 leaves ``diverged.json``, which says at which step. ``depth.jsonl`` has a line an evaluation too, of what the
@@ -395,7 +396,10 @@ class _Run:
 
     def log_step(self, loss: float, grad_norm: float, grad_norm_first: float, seconds: float) -> None:
         fraction = self.config.optim.lr_fraction(self.step - 1, self.config.steps)
-        rates = {"lr": self.config.optim.lr * fraction, "muon_lr": self.config.optim.muon_lr * fraction}
+        optim = self.config.optim
+        rates = {"lr": optim.lr * fraction, "muon_lr": optim.muon_lr * fraction}
+        if optim.connection_lr != 1:
+            rates["connection_lr"] = optim.lr * optim.connection_lr * fraction
         speed = self.config.tokens_per_step / seconds
         self.logs.metrics(
             {"split": "train", "step": self.step, "tokens": self.tokens, "loss": loss}

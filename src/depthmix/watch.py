@@ -239,7 +239,9 @@ def warnings(run: Followed) -> list[str]:
                 found.append(f"gates stand {what} at {_places(places)}: mean {gates[places[0]]:.3g}")
         by_stream = [entry for entry in line.get("gate_mean_stream", ()) if entry]
         for stream, values in enumerate(itertools.zip_longest(*by_stream)):
-            if len(by_stream[0]) > 1 and all(x is not None and x < SHUT for x in values):
+            # None: another stream is written there.
+            seen = [x for x in values if x is not None]
+            if len(by_stream[0]) > 1 and seen and max(seen) < SHUT:
                 found.append(f"stream {stream} takes nothing in: its mean gates are all below {SHUT:g}")
     return found
 
@@ -386,6 +388,7 @@ def _head(run: Followed, width: int, glyphs: Glyphs) -> list[Text]:
         for key, name, form in (
             ("lr", "lr", ".2e"),
             ("muon_lr", "muon lr", ".2e"),
+            ("connection_lr", "connection lr", ".2e"),
             ("grad_norm", "gradient norm", ".3g"),
         ):
             if key in line:

@@ -25,11 +25,11 @@ STEPS = 20
 
 
 def make_config(case: dict) -> TrainConfig:
-    """``case``: ``parallel``, fields of the model under ``model``, of the run under ``run``."""
+    """``case``: ``parallel``, fields of the model under ``model``, of the optimiser and of the run under theirs."""
     model = {"vocab_size": 64, "n_layer": 4, "d_model": 16, "n_head": 4, "seq_len": 16, "n_streams": 3}
     model |= case.get("model", {})
     run = {"batch_size": 4, "micro_batch": 1, "seed": 3, "device": "cpu", **case.get("run", {})}
-    optim = OptimConfig(lr=0.003, muon_lr=0.01, warmup_steps=5)
+    optim = OptimConfig(lr=0.003, muon_lr=0.01, warmup_steps=5, **case.get("optim", {}))
     return TrainConfig(model=GPTConfig(**model), optim=optim, parallel=case.get("parallel", ""), **run)
 
 

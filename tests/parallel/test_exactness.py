@@ -18,7 +18,10 @@ _spec.loader.exec_module(steps)
 
 pytestmark = pytest.mark.slow
 
-SPECS = [*available_residuals(), "denseformer:dilation=2:period=2", "attnres-block:blocks=3"]
+SPECS = [
+    *available_residuals(), "denseformer:dilation=2:period=2", "attnres-block:blocks=3",
+    "mgr-competitive:n_streams=4:separate_streams=true:stream_memory=store:last_read=mean",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -59,16 +62,20 @@ PAIRS = [
     ("hc", "fsdp=2,tp=2", {}),
     ("mhc", "tp=2,pp=2", {}),
     ("mhc-lite", "dp=2,pp=2,schedule=gpipe", {}),
+    ("mgr-competitive", "fsdp=2,tp=2", {"connection_lr": 4.0}),
+    ("hc", "dp=2,pp=2", {"connection_lr": 0.25}),
 ]
 
 
 def _case(spec: str, plan: str, options: dict) -> dict:
     options = dict(options)
     again = options.pop("activation_checkpointing", False)
+    rates = {name: options.pop(name) for name in ("connection_lr",) if name in options}
     return {
         "parallel": plan,
         "model": {"residual": spec, **options},
         "run": {"activation_checkpointing": again},
+        "optim": rates,
     }
 
 
@@ -80,9 +87,10 @@ def in_single():
 @pytest.mark.parametrize("number", range(len(PAIRS)), ids=[f"{s}-{p}-{o}" for s, p, o in PAIRS])
 def test_twenty_steps_in_single_precision(in_single, number):
     # The truth keeps every stream and every activation.
-    spec, _, _ = PAIRS[number]
+    spec, _, options = PAIRS[number]
     memory = {"stream_memory": "store"} if spec.startswith("mgr-") else {}
-    case = {"model": {"residual": spec, **memory}}
+    rates = {name: options[name] for name in ("connection_lr",) if name in options}
+    case = {"model": {"residual": spec, **memory}, "optim": rates}
     truth = steps.run_alone(case)
     off = steps.differences(in_single[str(number)], truth)
     assert off["loss"] < 1e-5

@@ -101,7 +101,8 @@ CASES = (
 )
 SPECS = [
     *available_residuals(), "attnres-block:blocks=3", "attnres-block:block_size=3", "denseformer:dilation=2",
-    "denseformer:period=2", "mgr-competitive:n_streams=8:bias=-3",
+    "denseformer:period=2", "mgr-competitive:n_streams=8:bias=-3", "mgr-competitive:stream_dtype=bf16",
+    "mgr-independent:stream_dtype=fp32", "mgr-review:n_streams=4:separate_streams=true:stream_memory=store",
 ]  # fmt: skip
 
 

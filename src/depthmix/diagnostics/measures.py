@@ -307,7 +307,12 @@ class Gates(Measure):
         self.max[sublayer] = np.fmax(self.max[sublayer], value.max().item())
         if not self.subject.n_streams:  # one stream, a gate for each channel
             return
-        self.by_stream.add(sublayer, value.sum((0, 1)))
+        gated = self.subject.gated_streams(sublayer)
+        self.by_stream.add((sublayer, ... if gated is None else list(gated)), value.sum((0, 1)))
+        if gated is not None:  # the others keep what they have: gates of 0
+            value = value.new_zeros(*value.shape[:-1], self.subject.n_streams).index_copy_(
+                -1, torch.tensor(gated, device=value.device), value
+            )
         if self.subject.convex_gates(sublayer):
             grown = -torch.log1p(-value) / math.log(10)
             if self.log_amplification is not None:

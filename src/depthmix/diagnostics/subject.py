@@ -108,6 +108,10 @@ class Subject(ABC):
         """Whether the gate of sublayer ``sublayer`` (from 0) is that of ``(1 - gate) old + gate new``."""
         return False
 
+    def gated_streams(self, sublayer: int) -> tuple[int, ...] | None:
+        """Which streams the gate of this sublayer writes; ``None``: all."""
+        return None
+
     def gate_range(self, sublayer: int) -> tuple[float, float]:
         """Where the gate of this sublayer lies."""
         return 0.0, 1.0
@@ -184,6 +188,9 @@ class Run(Subject):
 
     def convex_gates(self, sublayer):
         return self.sites[sublayer].convex
+
+    def gated_streams(self, sublayer):
+        return self.sites[sublayer].gated_streams
 
     def gate_range(self, sublayer):
         return self.sites[sublayer].gate_range

@@ -137,7 +137,7 @@ class Job:
     @property
     def state_bytes(self) -> int:
         """Of a number of the connection's state."""
-        return 2 if self.precision == "bf16" else 4
+        return volume.state_bytes(self.model, self.precision)
 
     @property
     def compute_bytes(self) -> int:

@@ -14,7 +14,8 @@ wide together:
 ``moda``                                     D + 2 W l
 ===========================================  =================================================================
 
-and as much backwards, of gradients. Each is written here as the *values* that cross, by name
+and as much backwards, of gradients. Their dtype is that of the run (fp32 under autocast), of the streams of ``mgr-*`` the
+one that ``stream_dtype`` names. Each is written here as the *values* that cross, by name
 (:func:`crossing_values`), from the connection's equations and not from its code, so that counting what does cross tests
 both. With the interleaved schedule's cache, values that the receiving process has by the same name are not sent again.
 
@@ -138,11 +139,17 @@ def boundary_numbers(model: GPTConfig, plan: ParallelPlan, cut: int, cache: bool
 
 def boundary_bytes(config: TrainConfig, plan: ParallelPlan, cut: int, cache: bool = True) -> int:
     """Bytes per token that are sent over ``cut``, one way."""
-    wide = 2 if config.precision == "bf16" else 4
+    wide = state_bytes(config.model, config.precision)
     # Under autocast states are fp32, and keys and values what matrix products made.
     narrow = 4 if config.precision == "fp32" else 2
     sent = sent_values(config.model, plan, cut, cache)
     return sum(numbers * (narrow if name[0] in ("key", "value") else wide) for name, numbers in sent)
+
+
+def state_bytes(model: GPTConfig, precision: str) -> int:
+    """Of a number of the connection's state; keys and values apart."""
+    own = model.residual_options.get("stream_dtype", "model")
+    return {"fp32": 4, "bf16": 2, "model": 2 if precision == "bf16" else 4}[own]
 
 
 def _single(model, sublayer):
@@ -160,6 +167,9 @@ def _two(model, sublayer):
 def _ramp(model, sublayer):
     # The embedding and every output are streams of their own until there are n, which then change together.
     if sublayer + 1 >= model.n_streams:
+        if model.residual_options.get("separate_streams", False):
+            half = model.n_streams // 2 * model.d_model
+            return [((f"streams of {kind} sublayers", sublayer), half) for kind in ("even", "odd")]
         return _streams(model, sublayer)
     return [(("stream", i), model.d_model) for i in range(sublayer + 1)]
 

@@ -21,8 +21,17 @@ printed; ``independent_init="sigmoid"`` is the other reading.
 here each score becomes :math:`g_i + w_3 \cdot \mathrm{rms}(y) / \sqrt D`, with :math:`w_3 = 0` at the start,
 so that it starts as the gate it extends. It reads nothing that the lerp does not read anyway.
 
-**Precision.** Streams have the dtype of the embedding's output; a sublayer's output is cast to it
-when it is written.
+**Separate streams** (``separate_streams``, ours). n is even. Sublayers of odd number (attentions, in a GPT) write to
+streams 2, 4, ..., n alone, those of even number (MLPs) to streams 1, 3, ..., n - 1, of which the first is the
+embedding; a gate sees and weighs the n/2 streams that its sublayer writes, and every read is the pool of all n. The
+ramp is that above: sublayer l < n appends stream l + 1, whose kind is its own. So that a stream takes in as much as
+Eq. 14 means, M is the number of lerps that reach one stream, half of them all (the larger half), and n the number of
+streams that share a gate, n/2.
+
+**Precision.** Streams have the dtype of the embedding's output, or the one that ``stream_dtype`` names; a sublayer's
+output is cast to it when it is written. With a dtype of their own, what is read is rounded to it, then
+converted to the dtype of the connection's parameters, and the next sublayer's norm is computed in that: everything but
+the streams stays as the run's precision has it.
 """
 
 import math
@@ -87,6 +96,7 @@ class MultiGateResidual(nn.Module):
         eps: added to the mean square inside every score.
         update_gate: the gate also scores the update (``update_weight [D]``, zero init).
         scale: of gate and pool scores; ``None`` is 1/sqrt(D).
+        pool: whether there is a ``pool_weight``; without, the streams' mean is read. ``None``: where n > 1.
 
     Parameters: ``gate_weight [D]`` and ``pool_weight [D]``, zero; ``gate_bias [n + 1]``
     (competitive) or ``[n]`` (independent). A pool over one stream has no weight: with n = 1,
@@ -103,6 +113,7 @@ class MultiGateResidual(nn.Module):
         *,
         update_gate: bool = False,
         scale: float | None = None,
+        pool: bool | None = None,
     ):
         super().__init__()
         if gate not in functional.GATES:
@@ -115,7 +126,8 @@ class MultiGateResidual(nn.Module):
         self.init_bias, self.eps, self.scale = init_bias, eps, scale
         self.gate_weight = nn.Parameter(torch.empty(d_model))
         self.gate_bias = nn.Parameter(torch.empty(n_streams + (gate == "competitive")))
-        self.pool_weight = nn.Parameter(torch.empty(d_model)) if n_streams > 1 else None
+        pool = n_streams > 1 if pool is None else pool
+        self.pool_weight = nn.Parameter(torch.empty(d_model)) if pool else None
         self.update_weight = nn.Parameter(torch.empty(d_model)) if update_gate else None
         self.reset_parameters()
 
@@ -170,42 +182,95 @@ def _pooled(streams: tuple[Tensor, ...], alpha: Tensor) -> Tensor:
     return sum(alpha[..., i, None] * stream for i, stream in enumerate(streams))
 
 
-class RampSite(Site):
+def _alternating(halves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Streams 1 .. n of the halves ``[..., n/2, D]`` that sublayers of even and of odd number write."""
+    return tuple(stream for pair in zip(*(half.unbind(-2) for half in halves), strict=True) for stream in pair)
+
+
+class StreamSite(Site):
+    """A site whose streams may have a dtype of their own (``own_dtype``); the others return what they read as it is."""
+
+    fuses_norm = True
+    received = ("pool_weight",)
+    own_dtype = False
+
+    def step(self, layer_output: Tensor, state, norm: nn.Module | None = None):
+        """:meth:`forward`, with what is read in the dtype of the streams."""
+        raise NotImplementedError
+
+    def pool(self, state) -> Tensor:
+        """:meth:`read`, in the dtype of the streams."""
+        raise NotImplementedError
+
+    def forward(self, layer_output, state, norm=None):
+        dtype = self._read_dtype(layer_output.dtype)
+        if dtype in (None, state[0].dtype):
+            return self.step(layer_output, state, norm)
+        h, state = self.step(layer_output, state)
+        h = h.to(dtype)
+        return h if norm is None else norm(h), state
+
+    def read(self, state):
+        h, dtype = self.pool(state), self._read_dtype(state[0].dtype)
+        return h if dtype is None else h.to(dtype)
+
+    def _read_dtype(self, without_parameters: torch.dtype) -> torch.dtype | None:
+        """What reads are converted to; ``None``: to nothing."""
+        if not self.own_dtype:
+            return None
+        parameter = next(self.parameters(), None)
+        return without_parameters if parameter is None else parameter.dtype
+
+
+class RampSite(StreamSite):
     """Appends the output as stream ``n_after``; the streams stay separate tensors until all are there.
 
     State: the streams so far, ``n_after - 1`` tensors ``[B, T, D]``. At the last site of the ramp they
-    are laid side by side, once, into ``[B, T, n, D]``.
+    are laid side by side, once, into ``[B, T, n, D]``, or, ``separate``, into two halves (:class:`SeparateSite`).
     """
 
-    fuses_norm = True
     gate_names = ("pool",)
-    received = ("pool_weight",)
 
-    def __init__(self, d_model: int, n_after: int, complete: bool, eps: float, scale: float | None):
+    def __init__(
+        self,
+        d_model: int,
+        n_after: int,
+        complete: bool,
+        eps: float,
+        scale: float | None,
+        *,
+        pool: bool = True,
+        separate: bool = False,
+    ):
         super().__init__()
-        self.complete, self.eps, self.scale = complete, eps, scale
-        self.pool_weight = nn.Parameter(torch.empty(d_model))
+        self.complete, self.eps, self.scale, self.separate = complete, eps, scale, separate
+        self.pool_weight = nn.Parameter(torch.empty(d_model)) if pool else None
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        self.pool_weight.zero_()
+        if self.pool_weight is not None:
+            self.pool_weight.zero_()
 
     def write(self, layer_output, state):
         streams = (*state, layer_output.to(state[0].dtype))
-        return (torch.stack(streams, -2),) if self.complete else streams
+        if not self.complete:
+            return streams
+        if self.separate:
+            return torch.stack(streams[::2], -2), torch.stack(streams[1::2], -2)
+        return (torch.stack(streams, -2),)
 
-    def read(self, state, norm=None):
+    def pool(self, state, norm=None):
         arguments = dict(scale=self.scale, eps=self.eps)
         if norm is not None:
             arguments |= dict(norm_weight=norm.weight, norm_eps=norm.eps)
-        if self.complete:
+        if self.complete and not self.separate:
             return functional.attention_pool(state[0], self.pool_weight, **arguments)
-        return functional.source_pool(state, self.pool_weight, **arguments)
+        return functional.source_pool(self.streams(state), self.pool_weight, **arguments)
 
-    def forward(self, layer_output, state, norm=None):
+    def step(self, layer_output, state, norm=None):
         state = self.write(layer_output, state)
-        return self.read(state, norm), state
+        return self.pool(state, norm), state
 
     def gates(self, layer_output, state):
         streams = torch.stack([*state, layer_output.to(state[0].dtype)], -2)
@@ -216,27 +281,27 @@ class RampSite(Site):
         return _pooled(self.streams(state), *gates), state
 
     def streams(self, state):
-        return state[0].unbind(-2) if self.complete else state
+        if not self.complete:
+            return state
+        return _alternating(state) if self.separate else state[0].unbind(-2)
 
 
-class LerpSite(MultiGateResidual, Site):
+class LerpSite(StreamSite, MultiGateResidual):
     """State: ``(streams [B, T, n, D],)``. The backward pass finds the streams where autograd stored them."""
 
-    fuses_norm = True
     gate_names = ("gate", "pool")
     convex = True
-    received = ("pool_weight",)
 
     def write(self, layer_output, state):
-        return self.forward(layer_output, state)[1]
+        return self.step(layer_output, state)[1]
 
     def send(self, layer_output, state):
         return self.write(layer_output, state)[:1]
 
-    def read(self, state):
+    def pool(self, state):
         return functional.attention_pool(state[0], self.pool_weight, scale=self.scale, eps=self.eps)
 
-    def forward(self, layer_output, state, norm=None):
+    def step(self, layer_output, state, norm=None):
         h, streams = functional.multi_gate_residual(layer_output, state[0], **self._arguments(norm))
         return h, (streams,)
 
@@ -280,14 +345,14 @@ class ReplaySite(LerpSite):
         self.writes = last or self.since == between - 1
 
     def write(self, layer_output, state):
-        """Unlike :meth:`forward` this always writes the streams: a read is to follow."""
+        """Unlike :meth:`step` this always writes the streams: a read is to follow."""
         if not torch.is_grad_enabled():
             return super().write(layer_output, state)
         return self._step(layer_output, state, None, True)[1]
 
-    def forward(self, layer_output, state, norm=None):
+    def step(self, layer_output, state, norm=None):
         if not torch.is_grad_enabled():
-            return super().forward(layer_output, state, norm)
+            return super().step(layer_output, state, norm)
         return self._step(layer_output, state, norm, self.writes)
 
     def _step(self, layer_output, state, norm, write):
@@ -333,9 +398,9 @@ class InversionSite(LerpSite):
             InversionSite._step, reason="what inversion keeps depends on the gates"
         )
 
-    def forward(self, layer_output, state, norm=None):
+    def step(self, layer_output, state, norm=None):
         if not torch.is_grad_enabled():
-            return super().forward(layer_output, state, norm)
+            return super().step(layer_output, state, norm)
         return self._untraced(layer_output, state, norm)
 
     def _step(self, layer_output, state, norm):
@@ -347,17 +412,79 @@ class InversionSite(LerpSite):
         return h, tuple(state[:1] if self.last else state)
 
 
-class MultiGateResiduals(Residual):
-    """The ramp, then lerps; ``gate`` as in :class:`MultiGateResidual`.
+class SeparateSite(StreamSite, MultiGateResidual):
+    """A lerp into every second stream, read with all others (``separate_streams``).
 
-    ``bias``: the initial bias of a sigmoid gate, in place of Eq. 14; the competitive gate gets ``-bias`` as b_0.
+    State: two halves ``[B, T, n/2, D]``, the streams that sublayers of even number write and those of odd number.
+    ``half``: which is this site's, 0 or 1. The inherited ``n_streams`` is that of the half.
+    """
+
+    gate_names = ("gate", "pool")
+    convex = True
+
+    def __init__(self, *args, half: int, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.half = half
+        self.gated_streams = tuple(range(half, 2 * self.n_streams, 2))
+
+    def write(self, layer_output, state):
+        # The op's own read, of this half alone, is not used.
+        arguments = self._arguments() | {"pool_weight": None}
+        return self._put(functional.multi_gate_residual(layer_output, state[self.half], **arguments)[1], state)
+
+    def _put(self, written: Tensor, state):
+        return (written, state[1]) if self.half == 0 else (state[0], written)
+
+    def pool(self, state, norm=None):
+        arguments = dict(scale=self.scale, eps=self.eps)
+        if norm is not None:
+            arguments |= dict(norm_weight=norm.weight, norm_eps=norm.eps)
+        return functional.source_pool(self.streams(state), self.pool_weight, **arguments)
+
+    def step(self, layer_output, state, norm=None):
+        state = self.write(layer_output, state)
+        return self.pool(state, norm), state
+
+    def gates(self, layer_output, state):
+        scale = layer_output.shape[-1] ** -0.5 if self.scale is None else self.scale
+        beta = reference.gate_values(
+            layer_output, state[self.half], self.gate_weight, self.gate_bias, self.gate, self.update_weight,
+            scale, self.eps,
+        )  # fmt: skip
+        written = self._put(reference.lerp(layer_output, state[self.half], beta), state)
+        alpha = _pool_weights(torch.stack(_alternating(written), -2), self.pool_weight, self.scale, self.eps)
+        return beta, alpha
+
+    def mix(self, layer_output, state, gates):
+        beta, alpha = gates
+        state = self._put(
+            torch.lerp(state[self.half], layer_output.unsqueeze(-2), beta.unsqueeze(-1)), state
+        )
+        return _pooled(self.streams(state), alpha), state
+
+    def streams(self, state):
+        return _alternating(state)
+
+
+class MultiGateResiduals(Residual):
+    """The ramp, then lerps; ``gate`` as in :class:`MultiGateResidual`, ``options`` an :class:`Options`.
+
+    Raises ``UserError`` for options that do not go together with each other or with ``config``.
     """
 
     not_prenorm = None
 
-    def __init__(self, config, gate: str, update_gate: bool = False, bias: float | None = None):
+    def __init__(self, config, gate: str, options: "Options", update_gate: bool = False):
         super().__init__(config)
-        self.update_gate = update_gate
+        self.update_gate, self.separate = update_gate, options.separate_streams
+        self.stream_dtype = _DTYPES[options.stream_dtype]
+        self.mean_at_the_end = options.last_read == "mean"
+        if self.separate:
+            _check_separate(config)
+            self.not_prenorm = (
+                "both halves of the separate streams are read alike, while behind an MLP one half holds one output more"
+            )
+        bias = options.bias
         self.d_model, self.n_streams, self.gate = config.d_model, config.n_streams, gate
         self.eps = config.norm_eps
         self.scale = None if config.score_scale == "paper" else 1.0
@@ -367,14 +494,13 @@ class MultiGateResiduals(Residual):
             config.inversion_top_p, config.inversion_tolerance if config.inversion == "anchored" else None
         )
         self.lerp_depth = config.n_sublayers - (self.n_streams - 1)
+        self.n_gates = self.n_streams // 2 if self.separate else self.n_streams
         self.init_bias = None
         if self.lerp_depth >= 1:
-            in_formula = (
-                1 if gate == "independent" and config.independent_init == "sigmoid" else self.n_streams
-            )
+            in_formula = 1 if gate == "independent" and config.independent_init == "sigmoid" else self.n_gates
             if bias is None:
                 bias = -gate_bias_init(
-                    self.lerp_depth,
+                    -(-self.lerp_depth // 2) if self.separate else self.lerp_depth,
                     in_formula,
                     base_depth=config.gate_base_depth,
                     base_bias=config.gate_base_bias,
@@ -393,14 +519,15 @@ class MultiGateResiduals(Residual):
         summary = {"n_streams": self.n_streams, "ramp": ramp, "lerp": self.n_sublayers - ramp}
         if self.init_bias is not None:
             if self.gate == "competitive":
-                beta = 1 / (math.exp(self.init_bias) + self.n_streams)
+                beta = 1 / (math.exp(self.init_bias) + self.n_gates)
             else:
                 beta = 1 / (1 + math.exp(-self.init_bias))
             summary |= {"bias": self.init_bias, "initial_beta": beta}
         return summary
 
     def begin(self, x):
-        return x, (x.unsqueeze(-2) if self.n_streams == 1 else x,)
+        stream = x if self.stream_dtype is None else x.to(self.stream_dtype)
+        return x, (stream.unsqueeze(-2) if self.n_streams == 1 else stream,)
 
     def without(self, state, sites, first):
         return None if first < self.n_streams else state  # the ramp's outputs are the streams
@@ -408,6 +535,7 @@ class MultiGateResiduals(Residual):
     @torch.no_grad()
     def start_as_prenorm(self, sites):
         """Gates of 1 / (l + 1) and pools that are means: every read is the mean of embedding and outputs."""
+        super().start_as_prenorm(sites)  # raises where there is no such start
         for index, site in enumerate(sites, start=1):
             site.reset_parameters()
             if isinstance(site, LerpSite):
@@ -422,21 +550,54 @@ class MultiGateResiduals(Residual):
         return earlier + 1 if later + 1 < self.n_streams else 0  # in the ramp, streams are separate tensors
 
     def site(self, index):
-        if index >= self.n_streams:
-            arguments = (self.d_model, self.n_streams, self.gate, self.init_bias, self.eps)
-            keywords = {"update_gate": self.update_gate, "scale": self.scale}
-            # What is kept for the backward pass begins anew behind a cut and ends in front of one.
-            first = max(self.n_streams, *(cut + 1 for cut in self.cuts if cut < index), 0)
-            place, last = index - first, index in (*self.cuts, self.n_sublayers)
-            if self.memory == "replay":
-                place %= self.replay_window
-                last = last or place == self.replay_window - 1
-                return ReplaySite(*arguments, **keywords, place=place, last=last)
-            if self.memory == "inversion":
-                keywords |= {"fallback": self.fallback, "first": place == 0, "last": last}
-                return InversionSite(*arguments, **keywords)
-            return LerpSite(*arguments, **keywords)
-        return RampSite(self.d_model, index + 1, index + 1 == self.n_streams, self.eps, self.scale)
+        made = self._site(index)
+        made.own_dtype = self.stream_dtype is not None
+        if made.own_dtype and self.n_streams == 1 and self.cuts:
+            raise UserError(
+                "stream_dtype cannot be set for n_streams = 1 under a pipeline (pp): what is read behind a cut would "
+                "have to be converted to the dtype of parameters, and a pool of one stream has none; leave out pp or "
+                "stream_dtype, or use n_streams of at least 2"
+            )
+        return made
+
+    def _site(self, index):
+        pool = not (self.mean_at_the_end and index == self.n_sublayers)
+        if index < self.n_streams:
+            complete = index + 1 == self.n_streams
+            return RampSite(
+                self.d_model, index + 1, complete, self.eps, self.scale, pool=pool, separate=self.separate
+            )
+        arguments = (self.d_model, self.n_gates, self.gate, self.init_bias, self.eps)
+        keywords = {"update_gate": self.update_gate, "scale": self.scale, "pool": pool and self.n_streams > 1}
+        if self.separate:
+            return SeparateSite(*arguments, **keywords, half=index % 2)
+        # What is kept for the backward pass begins anew behind a cut and ends in front of one.
+        first = max(self.n_streams, *(cut + 1 for cut in self.cuts if cut < index), 0)
+        place, last = index - first, index in (*self.cuts, self.n_sublayers)
+        if self.memory == "replay":
+            place %= self.replay_window
+            last = last or place == self.replay_window - 1
+            return ReplaySite(*arguments, **keywords, place=place, last=last)
+        if self.memory == "inversion":
+            keywords |= {"fallback": self.fallback, "first": place == 0, "last": last}
+            return InversionSite(*arguments, **keywords)
+        return LerpSite(*arguments, **keywords)
+
+
+def _check_separate(config) -> None:
+    if config.n_streams % 2:
+        raise UserError(
+            f"residual {config.residual}: separate_streams divides the streams into two halves, so n_streams must be "
+            f"even, got {config.n_streams}"
+        )
+    if config.stream_memory != "store":
+        raise UserError(
+            f"residual {config.residual}: separate_streams reads halves that are written in turn, and needs both in the "
+            f"backward pass: stream_memory must be store, got {config.stream_memory}; set stream_memory=store"
+        )
+
+
+_DTYPES = {"model": None, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -445,6 +606,12 @@ class Options:
 
     bias: float | None = None
     """Initial bias of a sigmoid gate, at every depth; the competitive gate keeps with minus this. None: Eq. 14."""
+    stream_dtype: Literal["model", "fp32", "bf16"] = "model"
+    """Dtype of the streams, whatever the precision; model: that of the embedding's output."""
+    last_read: Literal["pool", "mean"] = "pool"
+    """What the trunk returns of its streams: a pool, as every sublayer reads, or their mean."""
+    separate_streams: bool = False
+    """Attentions write to one half of the streams, MLPs to the other, and all read both. Needs stream_memory=store."""
 
 
 @dataclass(frozen=True)
@@ -475,7 +642,7 @@ _FIELDS = (
     fields=(*_FIELDS, "independent_init"),
 )
 def _independent(config, options):
-    return MultiGateResiduals(config, "independent", bias=options.bias)
+    return MultiGateResiduals(config, "independent", options)
 
 
 @register(
@@ -485,7 +652,7 @@ def _independent(config, options):
     fields=_FIELDS,
 )
 def _competitive(config, options):
-    return MultiGateResiduals(config, "competitive", bias=options.bias)
+    return MultiGateResiduals(config, "competitive", options)
 
 
 @register(
@@ -495,4 +662,4 @@ def _competitive(config, options):
     fields=(*_FIELDS, "independent_init"),
 )
 def _review(config, options):
-    return MultiGateResiduals(config, options.gate, update_gate=True, bias=options.bias)
+    return MultiGateResiduals(config, options.gate, options, update_gate=True)

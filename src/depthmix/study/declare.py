@@ -30,6 +30,7 @@ Runs that two tables have in common are done once.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -48,6 +49,13 @@ from ..residuals import registry
 from ..train import MAY_CHANGE_ON_RESUME
 
 KINDS = ("compare", "tune", "scaling")
+# Fields that came after the first records. At these values a run is what it was without them, and keeps its key: whoever
+# adds a field to OptimConfig or an option to a connection enters it here, and never changes an entry.
+SINCE_THE_FIRST_RECORDS: dict[str, dict[str, Any]] = {
+    "optim": {"connection_lr": 1.0},
+    "model.residual_options": {"stream_dtype": "model", "last_read": "pool", "separate_streams": False},
+}
+"""Part of the configuration -> field -> the value at which it is no part of a run's key."""
 NO_PART_OF_A_RUN = (*MAY_CHANGE_ON_RESUME, "eval_interval", "record_depth", "seed")
 """Fields that change no result, and the seed, which has a place of its own."""
 
@@ -205,6 +213,11 @@ def key_of(config: TrainConfig, test_tokens: int) -> str:
     model["residual_options"] = dataclasses.asdict(options)
     for name in _fields_of_connections() - set(entry.fields):
         del model[name]
+    for part, fields in SINCE_THE_FIRST_RECORDS.items():
+        found = functools.reduce(dict.__getitem__, part.split("."), values)
+        for name, default in fields.items():
+            if found.get(name) == default:
+                del found[name]
     # It follows from the data's tokenizer.
     del model["vocab_size"]
     for name in NO_PART_OF_A_RUN:
