@@ -27,8 +27,9 @@ when it is written.
 
 import math
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +39,11 @@ from ..errors import UserError, suggest
 from ..ops import reference
 from ..ops.inversion import Fallback
 from ..ops.mgr import mgr_step, step_values, steps_between_writes
-from .base import Residual, Scaling, Site
+from .base import Gates, Residual, Scaling, Site, State
 from .registry import register
+
+if TYPE_CHECKING:
+    from ..config import GPTConfig
 
 
 def gate_bias_init(
@@ -121,6 +125,7 @@ class MultiGateResidual(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
+        """Weights to zero, the bias to ``init_bias``."""
         for weight in (self.gate_weight, self.gate_bias, self.pool_weight, self.update_weight):
             if weight is not None:
                 weight.zero_()
@@ -140,9 +145,12 @@ class MultiGateResidual(nn.Module):
             )
         return functional.multi_gate_residual(layer_output, streams, **self._arguments())
 
-    def _arguments(self, norm: nn.Module | None = None) -> dict:
+    if TYPE_CHECKING:
+        __call__ = forward
+
+    def _arguments(self, norm: Any = None) -> dict[str, Any]:
         """What :func:`depthmix.functional.multi_gate_residual` takes besides tensors; with a norm, fused."""
-        arguments = dict(
+        arguments: dict[str, Any] = dict(
             gate_weight=self.gate_weight,
             gate_bias=self.gate_bias,
             pool_weight=self.pool_weight,
@@ -167,7 +175,10 @@ def _pool_weights(streams: Tensor, pool_weight: Tensor | None, scale: float | No
 
 def _pooled(streams: tuple[Tensor, ...], alpha: Tensor) -> Tensor:
     """``sum_i alpha_i s_i`` for streams ``[..., B, T, W]`` and ``alpha [B, T, n]``."""
-    return sum(alpha[..., i, None] * stream for i, stream in enumerate(streams))
+    total = alpha[..., 0, None] * streams[0]
+    for i, stream in enumerate(streams[1:], 1):
+        total = total + alpha[..., i, None] * stream
+    return total
 
 
 class RampSite(Site):
@@ -191,31 +202,31 @@ class RampSite(Site):
     def reset_parameters(self) -> None:
         self.pool_weight.zero_()
 
-    def write(self, layer_output, state):
+    def write(self, layer_output: Tensor, state: State) -> State:
         streams = (*state, layer_output.to(state[0].dtype))
         return (torch.stack(streams, -2),) if self.complete else streams
 
-    def read(self, state, norm=None):
-        arguments = dict(scale=self.scale, eps=self.eps)
+    def read(self, state: State, norm: Any = None) -> Tensor:
+        arguments: dict[str, Any] = dict(scale=self.scale, eps=self.eps)
         if norm is not None:
             arguments |= dict(norm_weight=norm.weight, norm_eps=norm.eps)
         if self.complete:
             return functional.attention_pool(state[0], self.pool_weight, **arguments)
         return functional.source_pool(state, self.pool_weight, **arguments)
 
-    def forward(self, layer_output, state, norm=None):
+    def forward(self, layer_output: Tensor, state: State, norm: Any = None) -> tuple[Tensor, State]:
         state = self.write(layer_output, state)
         return self.read(state, norm), state
 
-    def gates(self, layer_output, state):
+    def gates(self, layer_output: Tensor, state: State) -> Gates:
         streams = torch.stack([*state, layer_output.to(state[0].dtype)], -2)
         return (_pool_weights(streams, self.pool_weight, self.scale, self.eps),)
 
-    def mix(self, layer_output, state, gates):
+    def mix(self, layer_output: Tensor, state: State, gates: Gates) -> tuple[Tensor, State]:
         state = self.write(layer_output, state)
         return _pooled(self.streams(state), *gates), state
 
-    def streams(self, state):
+    def streams(self, state: State) -> tuple[Tensor, ...]:
         return state[0].unbind(-2) if self.complete else state
 
 
@@ -227,16 +238,18 @@ class LerpSite(MultiGateResidual, Site):
     convex = True
     received = ("pool_weight",)
 
-    def write(self, layer_output, state):
+    def write(self, layer_output: Tensor, state: State) -> State:
         return self.forward(layer_output, state)[1]
 
-    def send(self, layer_output, state):
+    def send(self, layer_output: Tensor, state: State) -> State:
         return self.write(layer_output, state)[:1]
 
-    def read(self, state):
+    def read(self, state: State) -> Tensor:
         return functional.attention_pool(state[0], self.pool_weight, scale=self.scale, eps=self.eps)
 
-    def forward(self, layer_output, state, norm=None):
+    def forward(  # type: ignore[override]  # a site has a state where the module has streams
+        self, layer_output: Tensor, state: State, norm: Any = None
+    ) -> tuple[Tensor, State]:
         h, streams = functional.multi_gate_residual(layer_output, state[0], **self._arguments(norm))
         return h, (streams,)
 
@@ -246,7 +259,7 @@ class LerpSite(MultiGateResidual, Site):
         parameters = self.gate_weight, self.gate_bias, self.pool_weight, self.update_weight, None
         return mgr_step(layer_output, streams, *parameters, self.gate, scale, self.eps, self.eps)[2]
 
-    def gates(self, layer_output, state):
+    def gates(self, layer_output: Tensor, state: State) -> Gates:
         streams = state[0]
         scale = streams.shape[-1] ** -0.5 if self.scale is None else self.scale
         beta = reference.gate_values(
@@ -256,12 +269,12 @@ class LerpSite(MultiGateResidual, Site):
         written = reference.lerp(layer_output, streams, beta)
         return beta, _pool_weights(written, self.pool_weight, self.scale, self.eps)
 
-    def mix(self, layer_output, state, gates):
+    def mix(self, layer_output: Tensor, state: State, gates: Gates) -> tuple[Tensor, State]:
         beta, alpha = gates
         streams = torch.lerp(state[0], layer_output.unsqueeze(-2), beta.unsqueeze(-1))
         return _pooled(streams.unbind(-2), alpha), (streams,)
 
-    def streams(self, state):
+    def streams(self, state: State) -> tuple[Tensor, ...]:
         return state[0].unbind(-2)
 
 
@@ -272,25 +285,27 @@ class ReplaySite(LerpSite):
     where they were not written; between windows ``(streams,)``. Without gradients this is a plain :class:`LerpSite`.
     """
 
-    def __init__(self, *args, place: int, last: bool, **kwargs):
+    def __init__(self, *args: Any, place: int, last: bool, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.place, self.last = place, last
         between = steps_between_writes(self.n_streams)
         self.since = place % between
         self.writes = last or self.since == between - 1
 
-    def write(self, layer_output, state):
+    def write(self, layer_output: Tensor, state: State) -> State:
         """Unlike :meth:`forward` this always writes the streams: a read is to follow."""
         if not torch.is_grad_enabled():
             return super().write(layer_output, state)
         return self._step(layer_output, state, None, True)[1]
 
-    def forward(self, layer_output, state, norm=None):
+    def forward(  # type: ignore[override]  # a site has a state where the module has streams
+        self, layer_output: Tensor, state: State, norm: Any = None
+    ) -> tuple[Tensor, State]:
         if not torch.is_grad_enabled():
             return super().forward(layer_output, state, norm)
         return self._step(layer_output, state, norm, self.writes)
 
-    def _step(self, layer_output, state, norm, write):
+    def _step(self, layer_output: Tensor, state: State, norm: Any, write: bool) -> tuple[Tensor, State]:
         streams, *window = state if self.place else (state[0],) * 3
         h, streams, beta = functional.multi_gate_window_step(
             layer_output, streams, tuple(window), self.since, write, **self._arguments(norm)
@@ -302,14 +317,14 @@ class ReplaySite(LerpSite):
             written = streams.detach()
         return h, (streams, written, *kept, layer_output.detach(), beta)
 
-    def gates(self, layer_output, state):
+    def gates(self, layer_output: Tensor, state: State) -> Gates:
         return super().gates(layer_output, _with_values(state, self.since))
 
-    def streams(self, state):
+    def streams(self, state: State) -> tuple[Tensor, ...]:
         return super().streams(_with_values(state, 0 if self.writes else self.since + 1))
 
 
-def _with_values(state, since: int):
+def _with_values(state: State, since: int) -> State:
     """``(streams,)`` for a state of a window, last written ``since`` steps ago."""
     if len(state) == 1:
         return state
@@ -325,7 +340,9 @@ class InversionSite(LerpSite):
     Without gradients this is a plain :class:`LerpSite`.
     """
 
-    def __init__(self, *args, fallback: Fallback, first: bool, last: bool, **kwargs):
+    _untraced: Callable[..., tuple[Tensor, State]]
+
+    def __init__(self, *args: Any, fallback: Fallback, first: bool, last: bool, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.fallback, self.first, self.last = fallback, first, last
         # Here and not where the class is made: it imports the compiler, which takes seconds.
@@ -333,12 +350,14 @@ class InversionSite(LerpSite):
             InversionSite._step, reason="what inversion keeps depends on the gates"
         )
 
-    def forward(self, layer_output, state, norm=None):
+    def forward(  # type: ignore[override]  # a site has a state where the module has streams
+        self, layer_output: Tensor, state: State, norm: Any = None
+    ) -> tuple[Tensor, State]:
         if not torch.is_grad_enabled():
             return super().forward(layer_output, state, norm)
         return self._untraced(layer_output, state, norm)
 
-    def _step(self, layer_output, state, norm):
+    def _step(self, layer_output: Tensor, state: Any, norm: Any) -> tuple[Tensor, State]:
         if self.first:
             state = (*state, None, *functional.inversion_budget(state[0]))
         h, *state = functional.multi_gate_inversion_step(
@@ -355,7 +374,7 @@ class MultiGateResiduals(Residual):
 
     not_prenorm = None
 
-    def __init__(self, config, gate: str, update_gate: bool = False, bias: float | None = None):
+    def __init__(self, config: "GPTConfig", gate: str, update_gate: bool = False, bias: float | None = None):
         super().__init__(config)
         self.update_gate = update_gate
         self.d_model, self.n_streams, self.gate = config.d_model, config.n_streams, gate
@@ -367,7 +386,7 @@ class MultiGateResiduals(Residual):
             config.inversion_top_p, config.inversion_tolerance if config.inversion == "anchored" else None
         )
         self.lerp_depth = config.n_sublayers - (self.n_streams - 1)
-        self.init_bias = None
+        self.init_bias: float | None = None
         if self.lerp_depth >= 1:
             in_formula = (
                 1 if gate == "independent" and config.independent_init == "sigmoid" else self.n_streams
@@ -387,10 +406,10 @@ class MultiGateResiduals(Residual):
                 stacklevel=2,
             )
 
-    def gate_summary(self) -> dict:
+    def gate_summary(self) -> dict[str, Any]:
         """Sublayers that append and that lerp, and what Eq. 14 gives for them."""
         ramp = min(self.n_streams - 1, self.n_sublayers)
-        summary = {"n_streams": self.n_streams, "ramp": ramp, "lerp": self.n_sublayers - ramp}
+        summary: dict[str, Any] = {"n_streams": self.n_streams, "ramp": ramp, "lerp": self.n_sublayers - ramp}
         if self.init_bias is not None:
             if self.gate == "competitive":
                 beta = 1 / (math.exp(self.init_bias) + self.n_streams)
@@ -399,14 +418,14 @@ class MultiGateResiduals(Residual):
             summary |= {"bias": self.init_bias, "initial_beta": beta}
         return summary
 
-    def begin(self, x):
+    def begin(self, x: Tensor) -> tuple[Tensor, State]:
         return x, (x.unsqueeze(-2) if self.n_streams == 1 else x,)
 
-    def without(self, state, sites, first):
+    def without(self, state: State, sites: Sequence[Site], first: int) -> State | None:
         return None if first < self.n_streams else state  # the ramp's outputs are the streams
 
     @torch.no_grad()
-    def start_as_prenorm(self, sites):
+    def start_as_prenorm(self, sites: Sequence[Any]) -> Scaling:
         """Gates of 1 / (l + 1) and pools that are means: every read is the mean of embedding and outputs."""
         for index, site in enumerate(sites, start=1):
             site.reset_parameters()
@@ -418,13 +437,13 @@ class MultiGateResiduals(Residual):
                     site.gate_bias.fill_(-math.log(index))
         return Scaling(1.0, tuple(float(index + 1) for index in range(1, len(sites) + 1)))
 
-    def unchanged(self, earlier, later):
+    def unchanged(self, earlier: int, later: int) -> int:
         return earlier + 1 if later + 1 < self.n_streams else 0  # in the ramp, streams are separate tensors
 
-    def site(self, index):
+    def site(self, index: int) -> Site:
         if index >= self.n_streams:
-            arguments = (self.d_model, self.n_streams, self.gate, self.init_bias, self.eps)
-            keywords = {"update_gate": self.update_gate, "scale": self.scale}
+            arguments: tuple[Any, ...] = (self.d_model, self.n_streams, self.gate, self.init_bias, self.eps)
+            keywords: dict[str, Any] = {"update_gate": self.update_gate, "scale": self.scale}
             # What is kept for the backward pass begins anew behind a cut and ends in front of one.
             first = max(self.n_streams, *(cut + 1 for cut in self.cuts if cut < index), 0)
             place, last = index - first, index in (*self.cuts, self.n_sublayers)
@@ -474,7 +493,7 @@ _FIELDS = (
     options=Options,
     fields=(*_FIELDS, "independent_init"),
 )
-def _independent(config, options):
+def _independent(config: "GPTConfig", options: Any) -> Residual:
     return MultiGateResiduals(config, "independent", bias=options.bias)
 
 
@@ -484,7 +503,7 @@ def _independent(config, options):
     options=Options,
     fields=_FIELDS,
 )
-def _competitive(config, options):
+def _competitive(config: "GPTConfig", options: Any) -> Residual:
     return MultiGateResiduals(config, "competitive", bias=options.bias)
 
 
@@ -494,5 +513,5 @@ def _competitive(config, options):
     options=ReviewGateOptions,
     fields=(*_FIELDS, "independent_init"),
 )
-def _review(config, options):
+def _review(config: "GPTConfig", options: Any) -> Residual:
     return MultiGateResiduals(config, options.gate, update_gate=True, bias=options.bias)
