@@ -8,6 +8,7 @@ in another order (micro-batches of 2 sequences in place of 1): what rounding alo
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 from pathlib import Path
@@ -59,7 +60,7 @@ def main() -> None:
         if name in results["connections"]:
             continue
         cases = cases_of(name)
-        found = steps.run_many(cases, 4, timeout_s=3600)
+        found = steps.run_many(cases, 4, functools.partial(steps.torchrun, timeout_s=3600))
         truth = steps.run_alone({"model": {"residual": name}})
         again = steps.run_alone({"model": {"residual": name}, "run": {"micro_batch": 2}})
         results["connections"][name] = {

@@ -54,13 +54,15 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
-    if name == "functional":
-        return import_module(".functional", __name__)
-    if name in _HOMES:
-        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # a checker would take any name for one of the package
+
+    def __getattr__(name: str):
+        if name == "functional":
+            return import_module(".functional", __name__)
+        if name in _HOMES:
+            return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])

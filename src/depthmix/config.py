@@ -73,7 +73,7 @@ class GPTConfig:
     residual_options: dict[str, Any] = field(default_factory=dict)
     """Options of the residual connection that are no fields here. Filled from a residual given with options."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         from .residuals import registry
 
         name, values = registry.parse_spec(self.residual)
@@ -105,12 +105,12 @@ class GPTConfig:
                 f"or set head_size",
             )
         else:
-            value = self.head_size
-            whole = isinstance(value, int) and not isinstance(value, bool)
+            size: Any = self.head_size
+            whole = isinstance(size, int) and not isinstance(size, bool)
             _need(
-                whole and value >= 2 and value % 2 == 0,
+                whole and size >= 2 and size % 2 == 0,
                 f"head_size must be an even whole number of at least 2 (RoPE turns pairs of features), "
-                f"got {value!r}",
+                f"got {size!r}",
             )
         _need(self.n_streams <= 64, f"n_streams must be between 1 and 64, got {self.n_streams}")
         for name, choices in (
@@ -153,7 +153,7 @@ class GPTConfig:
         return residual_label(dataclasses.asdict(self))
 
 
-def residual_label(model: dict) -> str:
+def residual_label(model: dict[str, Any]) -> str:
     """The connection of a saved model configuration as a spec: its name and its own options.
 
     Fields that connections share (``n_streams``, say) are not part of it: the configuration shows them.
@@ -189,7 +189,7 @@ class DataConfig:
     cache_dir: str | None = None
     """Where shards are kept. Default: $DEPTHMIX_CACHE or ~/.cache/depthmix."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "data", tuple(self.data))
         check_held_out(self.val_fraction, self.test_fraction)
 
@@ -229,7 +229,7 @@ class OptimConfig:
     min_lr_fraction: float = 0.1
     """Where the cosine ends, as a share of the peak."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("lr", "muon_lr", "connection_lr"):
             value = getattr(self, name)
             _need(value > 0 and math.isfinite(value), f"{name} must be positive, got {value}")
@@ -292,7 +292,7 @@ class TrainConfig:
     """Division of the work among the processes of torchrun: dp=2,fsdp=2,tp=2,pp=2, any that are wanted; with pp also
     schedule=gpipe, 1f1b or interleaved, and stages=N. Empty: dp over all processes."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "keep_last"):
             _need(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("micro_batch", "eval_interval", "checkpoint_interval"):
@@ -313,20 +313,21 @@ class TrainConfig:
 
     @property
     def tokens_per_step(self) -> int:
+        """Tokens of one optimiser step."""
         return self.batch_size * self.model.seq_len
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; :func:`from_dict` is the way back."""
         return dataclasses.asdict(self)
 
 
-def from_dict(values: dict) -> TrainConfig:
+def from_dict(values: dict[str, Any]) -> TrainConfig:
     """Build a :class:`TrainConfig` from :meth:`TrainConfig.to_dict` (a saved ``config.json``).
 
     Raises ``UserError`` for a key that no field has or a value that no field takes.
     """
 
-    def build(cls, values, where):
+    def build(cls: Any, values: Any, where: str) -> Any:
         known = {f.name for f in dataclasses.fields(cls)}
         for key in values:
             _need(key in known, f"{where}: " + suggest(str(key), known, "field"))

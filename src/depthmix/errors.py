@@ -4,6 +4,8 @@ The command line turns each into one message and an exit status; a traceback
 means a defect in depthmix itself.
 """
 
+from collections.abc import Iterable
+
 EXIT_FAILED = 1
 """The run failed: loss not finite, disk full, checkpoint damaged."""
 EXIT_USAGE = 2
@@ -30,7 +32,7 @@ class Interrupted(Exception):
     exit_status = EXIT_INTERRUPTED
 
 
-def suggest(value: str, choices, what: str) -> str:
+def suggest(value: str, choices: Iterable[str], what: str) -> str:
     """The sentence for an unknown name: what it was, the nearest right one, all the right ones."""
     import difflib
 

@@ -6,6 +6,7 @@ first order. All compute the equations in :mod:`depthmix.ops.reference`.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ def _shape(x: Tensor) -> str:
     return "[" + ", ".join(map(str, x.shape)) + "]"
 
 
-def _check_floating(**tensors: Tensor | None) -> None:
+def _check_floating(**tensors: Any) -> None:
     """Every tensor is floating and on the device of the first."""
     first_name, first = next(iter(tensors.items()))
     for name, x in tensors.items():
@@ -57,7 +58,14 @@ def _check_streams(streams: Tensor) -> None:
 
 
 def _check_step(
-    layer_output, streams, gate_weight, gate_bias, pool_weight, gate, update_weight, norm_weight=None
+    layer_output: Tensor,
+    streams: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    pool_weight: Tensor | None,
+    gate: str,
+    update_weight: Tensor | None,
+    norm_weight: Tensor | None = None,
 ) -> tuple[int, int]:
     """``(n, D)`` of a step whose arguments fit together."""
     _check_floating(
@@ -213,13 +221,13 @@ def multi_gate_inversion_step(
     """:func:`multi_gate_residual` whose backward pass undoes it (:mod:`depthmix.ops.inversion`).
 
     Args beyond those of :func:`multi_gate_residual`:
-        token, row_norms, weight, error: what the step before returned; the first step has no token, and the rest from
-            :func:`inversion_budget`.
+        token, row_norms, weight, error: what the step before returned, ``[..., n, D]`` and three ``[..., n]``; the
+            first step has no token, and the rest from :func:`inversion_budget`.
         fallback: what is kept where undoing loses too much.
         last: whether the walk back begins here.
 
     Returns:
-        ``(h, new_streams, token, row_norms, weight, error)``; the last step's token is ``None``.
+        ``(h [..., D], new_streams [..., n, D], token, row_norms, weight, error)``; the last step's token is ``None``.
     """
     n, width = _check_step(
         layer_output, streams, gate_weight, gate_bias, pool_weight, gate, update_weight, norm_weight
@@ -239,7 +247,7 @@ def multi_gate_inversion_step(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
-    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, statistics in fp32, dtype of ``x``."""
+    """``x / sqrt(mean(x^2) + eps) * weight``, ``x [..., D]``, ``weight [D]``; statistics in fp32, dtype of ``x``."""
     if _norms_by_hand(x):
         return norm_ops.rms_norm(x, weight, eps)
     # Of one dtype, torch's kernels already accumulate in fp32; of two, they would promote the result.
@@ -260,7 +268,7 @@ def _norms_by_hand(x: Tensor) -> bool:
 
 
 def relu_squared(x: Tensor) -> Tensor:
-    """``max(x, 0)^2``, elementwise (So et al. 2021)."""
+    """``max(x, 0)^2``, elementwise, of any ``x [...]`` (So et al. 2021)."""
     if torch.compiler.is_compiling():
         return x.relu().square()
     return eager.ReLUSquared.apply(x) if torch.is_grad_enabled() else x.relu().square_()
@@ -349,7 +357,7 @@ def source_pool(
     )
     _check_vector("pool_weight", pool_weight, width, "the feature dimension of the sources")
     _check_vector("norm_weight", norm_weight, width, "the feature dimension of the sources")
-    if carried is not None:
+    if mean is not None and lse is not None:
         dtype = reference.compute_dtype(first.dtype)
         if mean.shape != first.shape or lse.shape != first.shape[:-1] or {mean.dtype, lse.dtype} != {dtype}:
             raise UserError(
@@ -469,14 +477,15 @@ def read_depth_memory(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """:func:`depth_attention` over a memory made by :func:`extend_depth_memory`; nothing is checked.
 
-    Returns ``(output, memory)``; later reads must be of the memory returned.
+    Returns ``(output [B, H, T, d], memory)``; later reads must be of the memory returned.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    token, *sources = memory
+    entered, *sources = memory
     if not _by_hand(q):
         keys, values = sources[::2], sources[1::2]
         return depth_ops.reference(q, k, v, keys, values, depth_query, causal, mask, scale), memory
-    if 2 * token.shape[0] != len(sources):  # not all of them were entered into this token
+    token: Tensor | None = entered
+    if 2 * entered.shape[0] != len(sources):  # not all of them were entered into this token
         token = None
         for pair in zip(sources[::2], sources[1::2], strict=True):
             token = depth_ops.Remember.apply(token, *pair)
@@ -491,10 +500,10 @@ def extend_depth_memory(memory: tuple[Tensor, ...], key: Tensor, value: Tensor) 
 
     A memory is ``(token, key_1, value_1, key_2, ...)``; see :mod:`depthmix.ops.depth_attention` for the token.
     """
-    token, *sources = memory or (None,)
+    token, sources = (memory[0], memory[1:]) if memory else (None, ())
     if _by_hand(key):
-        entered = token is None or 2 * token.shape[0] == len(sources)
-        token = depth_ops.Remember.apply(token, key, value) if entered else token
+        if token is None or 2 * token.shape[0] == len(sources):
+            token = depth_ops.Remember.apply(token, key, value)
     elif token is None:
         token = key.new_empty(0)
     return (token, *sources, key, value)

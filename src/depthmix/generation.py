@@ -4,7 +4,7 @@ A residual connection mixes over depth within one token, so Multi-Gate Residuals
 beyond PreNorm's.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -123,19 +123,19 @@ def side_by_side(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
 
 @torch.inference_mode()
 def _generate(
-    model,
-    ids,
-    padding,
-    max_new_tokens,
-    temperature,
-    top_k,
-    top_p,
-    seed,
-    end_token,
-    vocab_size,
-    use_cache,
-    compile,
-):
+    model: GPT,
+    ids: Tensor,
+    padding: Tensor | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int | None,
+    end_token: int | None,
+    vocab_size: int | None,
+    use_cache: bool,
+    compile: str | None,
+) -> Iterator[Tensor]:
     device = model.embed.weight.device
     ids = ids.to(device)
     padding = None if padding is None else padding.to(device)
@@ -146,7 +146,7 @@ def _generate(
         generator.manual_seed(seed)
     room = ids.shape[0], ids.shape[1] + max_new_tokens, device, model.embed.weight.dtype, padding
     cache = KVCache.empty(model.config, *room, fixed=compile is not None) if use_cache else None
-    step = model
+    step: Callable[..., Tensor] = model
     finished = torch.zeros(ids.shape[0], dtype=torch.bool, device=device)
     unread = ids
     for _ in range(max_new_tokens):

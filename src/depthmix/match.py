@@ -14,7 +14,8 @@ Counts are exact: the model is built on the meta device, which allocates and com
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
+from typing import overload
 
 import torch
 
@@ -36,6 +37,18 @@ def count_parameters(config: GPTConfig) -> dict[str, int]:
     """
     with torch.device("meta"):
         return parameter_counts(GPT(config))
+
+
+@overload
+def match_params(
+    configs: GPTConfig, target: int | GPTConfig | None = None, tolerance: float = 0.01
+) -> GPTConfig: ...
+
+
+@overload
+def match_params(
+    configs: Sequence[GPTConfig], target: int | GPTConfig | None = None, tolerance: float = 0.01
+) -> list[GPTConfig]: ...
 
 
 def match_params(
@@ -60,8 +73,7 @@ def match_params(
     """
     if not 0 < tolerance < 1:
         raise UserError(f"tolerance must be between 0 and 1, got {tolerance}")
-    several = not isinstance(configs, GPTConfig)
-    listed = list(configs) if several else [configs]
+    listed = [configs] if isinstance(configs, GPTConfig) else list(configs)
     if target is None:
         target = max(count_parameters(config)["total"] for config in listed)
     elif isinstance(target, GPTConfig):
@@ -69,7 +81,7 @@ def match_params(
     if target < 1:
         raise UserError(f"target must be a number of parameters of at least 1, got {target}")
     matched = [_match(config, target, tolerance) for config in listed]
-    return matched if several else matched[0]
+    return matched[0] if isinstance(configs, GPTConfig) else matched
 
 
 def _match(config: GPTConfig, target: int, tolerance: float) -> GPTConfig:
@@ -113,16 +125,20 @@ def _ways(config: GPTConfig) -> Iterator[Callable[[int], _Width]]:
         yield lambda k: _Width(config.d_model + k * config.head_dim, config.n_head + k, head_size)
     for step in STEPS:
         start = config.d_model // step
-        yield lambda k, step=step, start=start: _Width((start + k) * step, config.n_head, config.head_dim)
+        yield partial(_stepped, start, step, config.n_head, config.head_dim)
     for heads in range(config.n_head + 1, config.n_head + MORE_HEADS + 1):
         for step in STEPS[-2:]:
             start = config.d_model // step
-            yield lambda k, step=step, start=start, heads=heads: _Width(
-                (start + k) * step, heads, config.head_dim
-            )
+            yield partial(_stepped, start, step, heads, config.head_dim)
 
 
-def _around(widths: Callable[[int], _Width], count: Callable[[_Width], int], target: int) -> tuple:
+def _stepped(start: int, step: int, heads: int, head_size: int, k: int) -> _Width:
+    return _Width((start + k) * step, heads, head_size)
+
+
+def _around(
+    widths: Callable[[int], _Width], count: Callable[[_Width], int], target: int
+) -> tuple[_Width, ...]:
     """The widest model of at most ``target`` parameters and the next one (the count grows with the width)."""
     low, high = 0, 1
     while count(widths(high)) <= target:

@@ -32,6 +32,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +44,7 @@ from .errors import UserError, suggest
 from .model import GPT
 from .ops.reference import compute_dtype
 from .residuals import available_residuals, build_residual
+from .residuals.base import Site
 
 PER = ("mean", "token", "channel")
 CHUNK_BYTES = 256 * 2**20
@@ -105,7 +107,7 @@ class MixingMap:
         """Write an ``.npz`` file, whole or not at all; :meth:`load` reads it. Returns its path."""
         from .report.write import write_atomically
 
-        arrays = {"format": np.array(1)}
+        arrays: dict[str, Any] = {"format": np.array(1)}
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
             if isinstance(value, Tensor):
@@ -129,7 +131,7 @@ class MixingMap:
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
-            values = {
+            values: dict[str, Any] = {
                 name: torch.from_numpy(arrays[name])
                 for name in ("matrix", "source_rms", "tokens", "channels")
                 if name in arrays
@@ -186,7 +188,7 @@ def mixing_map(
     sources, (batch, length) = model.config.n_sublayers + 1, ids.shape
     width, device = _width(model), ids.device
     dtype = compute_dtype(model.embed.weight.dtype)
-    tail = {"mean": (), "token": (batch, length), "channel": (batch, length, width)}[per]
+    tail: tuple[int, ...] = {"mean": (), "token": (batch, length), "channel": (batch, length, width)}[per]
     mean = torch.zeros(sources, sources, dtype=torch.float64, device=device)
     full = None if per == "mean" else torch.zeros(sources, sources, *tail, dtype=dtype)
     by_stream: list[Tensor] = []
@@ -215,7 +217,7 @@ def mixing_map(
                     for target, stream in zip(by_stream[row - 1], states, strict=True):
                         put(target, columns, sequence, stream)
 
-    if per == "channel":
+    if full is not None and per == "channel":
         full = full.expand(*[-1] * 4, model.config.d_model)
         by_stream = [stream.expand(*[-1] * 4, model.config.d_model) for stream in by_stream]
     sublayers = [
@@ -228,14 +230,14 @@ def mixing_map(
         row_labels=(*sublayers, "output"),
         residual=model.config.residual,
         n_tokens=batch * length,
-        tokens=None if per == "mean" else full if per == "token" else full.mean(-1),
+        tokens=full.mean(-1) if full is not None and per == "channel" else full,
         channels=full if per == "channel" else None,
         streams=None if not streams else tuple(by_stream) if any(map(len, by_stream)) else (),
     )
 
 
 def mixing_error(model: GPT, ids: Tensor, *, chunk_bytes: int = CHUNK_BYTES) -> float:
-    """How far ``h_l = sum_i M[l, i] v_i`` is from what the model computed: the largest relative error.
+    """How far ``h_l = sum_i M[l, i] v_i`` is from what a model computes of ``ids [B, T]``: the largest relative error.
 
     For every row, ``max |h - M v| / max |h|`` over tokens and channels; the same for every stream where
     there are streams, so that the map of the streams is checked with it. The largest of these.
@@ -272,7 +274,7 @@ class _Trace:
     begin: tuple[Tensor, ...] = ()
     gates: list[tuple[Tensor, ...]] = field(default_factory=list)
     """One tuple a site."""
-    power: Tensor | None = None
+    power: Tensor = field(default_factory=lambda: torch.zeros(0))
     """``[L+1]``: mean square of each source."""
     state_size: int = 0
     """Elements of the largest state, in units of one ``[T, D]``."""
@@ -284,7 +286,7 @@ class _Trace:
     """Behind every site, in the order of the sites; empty tuples where there are none."""
 
 
-def _sites(model: GPT) -> list:
+def _sites(model: GPT) -> list[Site]:
     return [site for block in model.blocks for site in (block.attn_site, block.mlp_site)]
 
 
@@ -298,11 +300,11 @@ def _run(model: GPT, ids: Tensor, keep_values: bool = False) -> _Trace:
         if keep_values:
             trace.values.append(value)
 
-    def embedded(module, args, x):
+    def embedded(module: Any, args: Any, x: Tensor) -> None:
         trace.begin = model.residual.begin_gates(x)
         source(x)
 
-    def written(site, args):
+    def written(site: Any, args: Any) -> None:
         y, state = args
         trace.gates.append(site.gates(y, state))
         source(y)
@@ -310,10 +312,10 @@ def _run(model: GPT, ids: Tensor, keep_values: bool = False) -> _Trace:
         size = sum(tensor.numel() for tensor in state) / y.numel() + 1
         trace.state_size = max(trace.state_size, size)
 
-    def stepped(site, args, result):
+    def stepped(site: Any, args: Any, result: Any) -> None:
         trace.streams.append(tuple(site.streams(result[1]) or ()))
 
-    def read(module, args):
+    def read(module: Any, args: Any) -> None:
         trace.inputs.append(args[0])
 
     handles = [model.embed.register_forward_hook(embedded)]
@@ -394,19 +396,17 @@ def _errors(model: GPT, ids: Tensor, chunk_bytes: int) -> tuple[Tensor, list[Ten
                 for pairs in (list(zip(*row, strict=True)) for row in zip(real, mixed, strict=True))
             ]
         )
-    rows, streams = [], []
-    for row in zip(*found, strict=True):
-        off, size = torch.stack(row).amax(0).cpu().unbind(-1)
-        relative = off / size.clamp_min(torch.finfo(torch.float64).tiny)
-        rows.append(relative[0])
-        streams.append(relative[1:])
-    return torch.stack(rows), streams[1:]
+    errors: list[Tensor] = []
+    for each in zip(*found, strict=True):
+        off, size = torch.stack(each).amax(0).cpu().unbind(-1)
+        errors.append(off / size.clamp_min(torch.finfo(torch.float64).tiny))
+    return torch.stack([error[0] for error in errors]), [error[1:] for error in errors[1:]]
 
 
 # --- what was asked for ---------------------------------------------------------------------------
 
 
-def _checked(model, ids) -> tuple[GPT, Tensor]:
+def _checked(model: Any, ids: Any) -> tuple[GPT, Tensor]:
     """The plain model, and ``ids`` as int64 on its device."""
     model = getattr(model, "_orig_mod", model)  # as torch.compile wraps it
     if not isinstance(model, GPT):

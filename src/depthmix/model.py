@@ -14,7 +14,9 @@ the vocabulary.
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -57,12 +59,12 @@ class KVCache:
         config: GPTConfig,
         batch: int,
         capacity: int,
-        device=None,
-        dtype=torch.float32,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
         padding: Tensor | None = None,
         fixed: bool = False,
     ) -> "KVCache":
-        """Room for ``capacity`` tokens of ``batch`` sequences."""
+        """Room for ``capacity`` tokens of ``batch`` sequences, of which the first ``padding [B]`` are nobody's."""
         shape = (batch, config.n_head, capacity, config.head_dim)
         keys, values = (
             [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)] for _ in range(2)
@@ -72,6 +74,7 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
+        """Tokens that there is room for."""
         return self.keys[0].shape[2]
 
     def positions(self, tokens: int) -> Tensor:
@@ -94,7 +97,7 @@ class KVCache:
         """
         tokens = keys.shape[2]
         if self.place is not None:
-            return self._write_fixed(layer, keys, values)
+            return self._write_fixed(layer, keys, values, self.place)
         start, end = self.length, self.length + tokens
         self.keys[layer][:, :, start:end] = keys
         self.values[layer][:, :, start:end] = values
@@ -107,8 +110,10 @@ class KVCache:
             mask,
         )
 
-    def _write_fixed(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        index = torch.arange(keys.shape[2], device=keys.device) + self.place
+    def _write_fixed(
+        self, layer: int, keys: Tensor, values: Tensor, place: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        index = torch.arange(keys.shape[2], device=keys.device) + place
         held = self.keys[layer], self.values[layer]
         for buffer, new in zip(held, (keys, values), strict=True):
             buffer.index_copy_(2, index, new.to(buffer.dtype))
@@ -116,9 +121,9 @@ class KVCache:
         mask = room <= index
         if self.padding is not None:
             mask = mask & (room >= self.padding[:, None, None, None]) | (room == index)
-        return *(buffer.to(keys.dtype) for buffer in held), mask
+        return held[0].to(keys.dtype), held[1].to(keys.dtype), mask
 
-    def _readable(self, start: int, end: int, device) -> Tensor:
+    def _readable(self, start: int, end: int, device: torch.device) -> Tensor:
         if self._mask is None or self._mask.shape[-2:] != (end - start, end):
             mask = torch.ones(end - start, end, dtype=torch.bool, device=device).tril(start)
             if self.padding is not None:
@@ -187,7 +192,7 @@ class Attention(nn.Module):
         cache: KVCache | None = None,
         layer: int = 0,
         memory: tuple[Tensor, ...] | None = None,
-    ):
+    ) -> Any:
         """With a depth ``memory`` (:meth:`Site.depth_memory`), ``(output, (memory, keys, values))``."""
         B, T = x.shape[0], cos.shape[-2]
         q, k, v, depth_query, depth_key = self.heads(x, cos, sin)
@@ -222,7 +227,7 @@ class MLP(nn.Module):
         self.fc = nn.Linear(config.d_model, 4 * config.d_model, bias=False)
         self.proj = nn.Linear(4 * config.d_model, config.d_model, bias=False)
 
-    def forward(self, x: Tensor, show: bool = False):
+    def forward(self, x: Tensor, show: bool = False) -> Any:
         """With ``show``, ``(output, (x,))``."""
         y = self.proj(relu_squared(self.fc(x)))
         return (y, (x,)) if show else y
@@ -236,7 +241,7 @@ class Block(nn.Module):
 
     checkpointing = False
 
-    def __init__(self, config: GPTConfig, attn_site: nn.Module, mlp_site: nn.Module):
+    def __init__(self, config: GPTConfig, attn_site: Site, mlp_site: Site):
         super().__init__()
         self.attn = Attention(config)
         self.attn_site = attn_site
@@ -245,17 +250,17 @@ class Block(nn.Module):
 
     def forward(
         self,
-        h,
-        state,
-        cos,
-        sin,
+        h: Tensor,
+        state: State,
+        cos: Tensor,
+        sin: Tensor,
         cache: KVCache | None = None,
         layer: int = 0,
         *,
-        normed=False,
-        next_norm=None,
-        cut=False,
-    ):
+        normed: bool = False,
+        next_norm: RMSNorm | None = None,
+        cut: bool = False,
+    ) -> Any:
         """``h [B, T, D]``, state -> ``(h, state)``; with ``cut``, what crosses a cut behind it (:meth:`Site.send`).
 
         ``normed``: ``h`` has been through the attention's norm. ``next_norm``: the norm that what is returned is
@@ -267,7 +272,18 @@ class Block(nn.Module):
             return checkpoint(self._run, *arguments, use_reentrant=False, preserve_rng_state=False)
         return self._run(*arguments)
 
-    def _run(self, h, state, cos, sin, cache, layer, normed, next_norm, cut):
+    def _run(
+        self,
+        h: Tensor,
+        state: State,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KVCache | None,
+        layer: int,
+        normed: bool,
+        next_norm: RMSNorm | None,
+        cut: bool,
+    ) -> Any:
         x = h if normed else self.attn.norm(h)
         memory = self.attn_site.depth_memory(state)
         if memory is None:
@@ -281,7 +297,7 @@ class Block(nn.Module):
         y, shown = self.mlp(x, show=True)
         return self._behind_mlp(y, self.mlp_site.remember(shown, state), next_norm, cut)
 
-    def _behind_mlp(self, y, state, next_norm, cut):
+    def _behind_mlp(self, y: Tensor, state: State, next_norm: RMSNorm | None, cut: bool) -> Any:
         return self.mlp_site.send(y, state) if cut else step_and_norm(self.mlp_site, y, state, next_norm)
 
 
@@ -310,6 +326,10 @@ class GPT(nn.Module):
         cuts: sublayers behind which a pipeline will cut (:attr:`Residual.cuts`).
     """
 
+    blocks: Sequence[Block]
+    rope_cos: Tensor
+    rope_sin: Tensor
+
     sequence_part = (0, 1)
     """``(i, k)``: of every sequence the i-th of k equal parts is this process's; its trunk sees no other."""
 
@@ -322,10 +342,11 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.residual = build_residual(config)
         self.residual.cuts = cuts
-        self.blocks = nn.ModuleList(
+        blocks: Any = nn.ModuleList(
             Block(config, self.residual.site(2 * i + 1), self.residual.site(2 * i + 2))
             for i in range(config.n_layer)
         )
+        self.blocks = blocks
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         for name in ("rope_cos", "rope_sin"):
             table = torch.empty(config.seq_len, config.head_dim // 2, dtype=torch.float32)
@@ -371,8 +392,10 @@ class GPT(nn.Module):
         for module in self.modules():
             if isinstance(module, RMSNorm):
                 module.weight.fill_(1.0)
-            elif hasattr(module, "reset_parameters") and not isinstance(module, nn.Linear | nn.Embedding):
-                module.reset_parameters()
+            elif not isinstance(module, nn.Linear | nn.Embedding):
+                reset = getattr(module, "reset_parameters", None)
+                if reset is not None:
+                    reset()
         # Last of all, so that the draws above are the same whatever the connection.
         for block in self.blocks:
             for site in (block.attn_site, block.mlp_site):
@@ -407,10 +430,11 @@ class GPT(nn.Module):
         else:
             cos, sin = (table[cache.positions(ids.shape[1])][:, None, None] for table in self._tables())
         h, state = self.residual.begin(self.embed(own_part(ids, self.sequence_part)))
-        normed, following = False, [None] * len(self.blocks)
+        normed = False
+        following: list[RMSNorm | None] = [None] * len(self.blocks)
         if not self.blocks_apart:
             state = self.residual.foresee(state, [s for b in self.blocks for s in (b.attn_site, b.mlp_site)])
-            following = [block.attn.norm for block in self.blocks[1:]] + [None]
+            following = [*(block.attn.norm for block in self.blocks[1:]), None]
         for layer, (block, norm) in enumerate(zip(self.blocks, following, strict=True)):
             h, state = block(h, state, cos, sin, cache, layer, normed=normed, next_norm=norm)
             normed = norm is not None
@@ -418,7 +442,17 @@ class GPT(nn.Module):
             cache.advance(ids.shape[1])
         return self.norm(self.residual.finish(h, state))
 
-    def forward(self, ids: Tensor, targets: Tensor | None = None, *, cache: KVCache | None = None):
+    @overload
+    def forward(self, ids: Tensor, targets: None = None, *, cache: KVCache | None = None) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, ids: Tensor, targets: Tensor, *, cache: KVCache | None = None
+    ) -> tuple[None, Tensor]: ...
+
+    def forward(
+        self, ids: Tensor, targets: Tensor | None = None, *, cache: KVCache | None = None
+    ) -> Tensor | tuple[None, Tensor]:
         """``ids [B, T]`` -> ``logits [B, T, V]``; with ``targets [B, T]`` -> ``(None, loss)``.
 
         ``loss`` is the mean cross entropy in nats over all tokens whose target is not -100, fp32 (fp64 for an
@@ -430,6 +464,9 @@ class GPT(nn.Module):
         if targets is None:
             return logits
         return None, mean_loss(logits, own_part(targets, self.sequence_part))
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 def own_part(ids: Tensor, part: tuple[int, int]) -> Tensor:

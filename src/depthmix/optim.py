@@ -18,8 +18,8 @@ AdamW's. Parameters in bf16 or fp16 are stepped through fp32 master weights kept
 state: a small rate times a small gradient would otherwise round away.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -94,8 +94,8 @@ def parameter_groups(
 ) -> dict[str, list[tuple[str, nn.Parameter]]]:
     """Names and parameters of ``model``, each in exactly one group.
 
-    A residual connection's own parameters go where its sites say. Of the others, ``muon``: 2-D
-    parameters inside ``model.blocks``, the sublayers of :func:`depthmix.wrap` and the blocks of
+    A residual connection's own parameters go where its sites say. Of the others, ``muon``: matrices
+    ``[rows, cols]`` inside ``model.blocks``, the sublayers of :func:`depthmix.wrap` and the blocks of
     :func:`depthmix.adapt`; ``adamw``: all with two dimensions or more (the embedding), with
     weight decay; ``adamw_no_decay``: vectors and scalars. With ``connection_apart`` the connection's own parameters in
     either are in ``connection`` and ``connection_no_decay`` instead. A tied parameter appears once, under its first
@@ -147,7 +147,7 @@ def parameter_groups(
     return groups
 
 
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """The parameters of :func:`parameter_groups` as any torch optimiser takes them, those with ``weight_decay`` first.
 
     Vectors, scalars and what a connection excludes have none. Frozen parameters are left out.
@@ -218,7 +218,10 @@ class MuonAdamW(torch.optim.Optimizer):
         return state
 
     def named_state(self) -> dict[str, Tensor]:
-        """The live state tensors, named ``<parameter>:<kind of state>``; copy into them to restore."""
+        """The live state tensors, named ``<parameter>:<kind of state>``, of the parameter's shape, ``step`` of ``[]``.
+
+        Copy into them to restore.
+        """
         return {
             f"{name}:{key}": tensor
             for group in self.param_groups
@@ -227,7 +230,7 @@ class MuonAdamW(torch.optim.Optimizer):
         }
 
     @torch.no_grad()
-    def load_state_dict(self, state_dict: dict) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in ``torch.optim.Optimizer``, except that fp32 state of a bf16 parameter stays fp32."""
         saved_groups = state_dict["param_groups"]
         if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in self.param_groups]:
@@ -265,20 +268,21 @@ class MuonAdamW(torch.optim.Optimizer):
                     master.grad.add_(parameter.grad)
                 parameter.grad = None
 
-    def collected_gradients(self, parameters) -> list[Tensor]:
-        """The gradients that a step of ``parameters`` would use, where they have any: live tensors."""
+    def collected_gradients(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+        """The gradients that a step of ``parameters``, each ``[...]``, would use, where they have any: live tensors."""
         gradients = [self._weight(p).grad for p in parameters]
         return [g for g in gradients if g is not None]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients, those of fp32 masters too."""
         super().zero_grad(set_to_none)
         for state in self.state.values():
             if "master" in state:
                 state["master"].grad = None
 
     @torch.no_grad()
-    def grad_norm(self, parameters) -> Tensor:
-        """The joint 2-norm of the gradients collected for ``parameters``, as :meth:`clip_grad_norm` counts them."""
+    def grad_norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+        """The joint 2-norm ``[]`` of the gradients collected for ``parameters``, as in :meth:`clip_grad_norm`."""
         self.collect_gradients()
         return self._norm(list(parameters))
 
@@ -292,7 +296,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def clip_grad_norm(self, max_norm: float) -> Tensor:
         """Scale all gradients so that their joint 2-norm is at most ``max_norm`` (0: leave them).
 
-        Returns the norm before scaling, a scalar tensor, fp32 for low-precision parameters.
+        Returns the norm before scaling, ``[]``, fp32 for low-precision parameters.
         """
         self.collect_gradients()
         parameters = [p for group in self.param_groups for p in group["params"]]
@@ -304,7 +308,8 @@ class MuonAdamW(torch.optim.Optimizer):
         return norm
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of every group; what ``closure``, which is called first, returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -327,13 +332,13 @@ class MuonAdamW(torch.optim.Optimizer):
                 )
         return loss
 
-    def _step_muon(self, batch: list[nn.Parameter], group: dict) -> None:
+    def _step_muon(self, batch: list[nn.Parameter], group: dict[str, Any]) -> None:
         weights = [self._weight(p) for p in batch]
         gradients = [_local(w.grad) for w in weights]
         momenta = [_local(self.state[p]["momentum"]) for p in batch]
         weights = [_local(w).detach() for w in weights]
         torch._foreach_lerp_(momenta, gradients, 1 - self.config.muon_momentum)
-        nesterov = torch._foreach_lerp(gradients, momenta, self.config.muon_momentum)
+        nesterov = list(torch._foreach_lerp(gradients, momenta, self.config.muon_momentum))
         on_cuda = weights[0].device.type == "cuda"
         dtype = self.dtype or (torch.bfloat16 if on_cuda else weights[0].dtype)
 
@@ -367,7 +372,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 found[i] = factor
         return found
 
-    def _step_adamw(self, parameters: list[nn.Parameter], group: dict) -> None:
+    def _step_adamw(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         weights = [self._weight(p) for p in parameters]
         adamw(
             [_local(w).detach() for w in weights],
@@ -387,17 +392,18 @@ class MuonAdamW(torch.optim.Optimizer):
         )
 
 
-def _local(x: Tensor) -> Tensor:
+def _local(x: Any) -> Tensor:
     """What this process holds of ``x``."""
     return x.to_local() if hasattr(x, "to_local") else x
 
 
-def matrix_batches(keys: Sequence[tuple[tuple[int, int], object]], most: int) -> list[list[int]]:
+def matrix_batches(keys: Sequence[tuple[tuple[int, ...], str]], most: int) -> list[list[int]]:
     """Which matrices Muon takes at once: places in ``keys``, at most ``most`` numbers together, or one matrix.
 
     ``keys``: ``(shape, whatever else must come together)`` of each; equal keys stay together as far as they can.
     """
-    found, size = [], most
+    found: list[list[int]] = []
+    size = most
     for i in sorted(range(len(keys)), key=lambda i: keys[i]):
         rows, cols = keys[i][0]
         size += rows * cols

@@ -9,9 +9,9 @@ A sublayer holds its own norm and returns what is to be added, not the sum.
 """
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from .config import GPTConfig
 from .errors import UserError, suggest
 from .residuals import build_residual
-from .residuals.base import Residual, Site, State
+from .residuals.base import Residual, Scaling, Site, State
 from .residuals.registry import parse_spec, split_values
 
 Start = Literal["own", "prenorm", "prenorm-scaled"]
@@ -46,7 +46,7 @@ def build_connection(
     *,
     n_streams: int = 4,
     sublayers_per_block: int = 2,
-    options: Mapping | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> tuple[Residual, list[Site]]:
     """The connection and its sites 1 .. L, as its equations start them, on the CPU in torch's default dtype.
 
@@ -106,7 +106,7 @@ def begin_as(start: Start, connection: Residual, sites: Sequence[Site], residual
     return (scaling.write, *scaling.reads)
 
 
-def _not_exact(name: str, scaling) -> str:
+def _not_exact(name: str, scaling: Scaling) -> str:
     if scaling.write != 1:
         why = f"its gate admits less than a whole output: outputs would have to be multiplied by {scaling.write:g}"
     elif any(factor != 1 for factor in scaling.reads[:-1]):
@@ -138,30 +138,36 @@ class Wrapped(nn.Module):
             sharded then.
     """
 
+    sublayers: Sequence[nn.Module]
+    sites: Sequence[Site]
+    connection: Residual
     checkpointing = False
     blocks_apart = False
 
     def __init__(
         self,
         sublayers: Iterable[nn.Module],
-        connection,
-        sites,
-        factors,
-        d_model,
-        channel_dim,
-        takes,
-        per_block,
+        connection: Residual,
+        sites: Iterable[Site],
+        factors: Sequence[float],
+        d_model: int,
+        channel_dim: int,
+        takes: Sequence[Collection[str] | None],
+        per_block: int,
     ):
         super().__init__()
-        self.sublayers = nn.ModuleList(sublayers)
-        self.sublayers.in_trunk = True  # for depthmix.optim
-        self.sites = nn.ModuleList(sites)
+        trunk: Any = nn.ModuleList(sublayers)
+        trunk.in_trunk = True  # for depthmix.optim
+        joints: Any = nn.ModuleList(sites)
+        self.sublayers, self.sites = trunk, joints
         self.connection = connection
         self.d_model, self.channel_dim = d_model, channel_dim
         self.takes, self.sublayers_per_block = takes, per_block
         self.write_factor, *self.read_factors = factors
 
-    def forward(self, x: Tensor, /, *, each: Sequence[Mapping | None] | None = None, **shared) -> Tensor:
+    def forward(
+        self, x: Tensor, /, *, each: Sequence[Mapping[str, Any] | None] | None = None, **shared: Any
+    ) -> Tensor:
         """``x [*, D]``, D being dimension ``channel_dim``, to the trunk's output of the same shape and dtype.
 
         Args:
@@ -194,7 +200,12 @@ class Wrapped(nn.Module):
                 h, state = self._run(first, h, state, part)
         return self.connection.finish(h, state).movedim(-1, dim)
 
-    def _run(self, first: int, h: Tensor, state: State, arguments) -> tuple[Tensor, State]:
+    if TYPE_CHECKING:
+        __call__ = forward
+
+    def _run(
+        self, first: int, h: Tensor, state: State, arguments: Sequence[dict[str, Any]]
+    ) -> tuple[Tensor, State]:
         for index, keywords in enumerate(arguments, start=first):
             x = h.movedim(-1, self.channel_dim)
             y = self._checked(index, x, self._called(index, x, keywords))
@@ -203,7 +214,7 @@ class Wrapped(nn.Module):
             h = scaled(h, self.read_factors[index])
         return h, state
 
-    def _called(self, index: int, x: Tensor, keywords: dict) -> Tensor:
+    def _called(self, index: int, x: Tensor, keywords: dict[str, Any]) -> Any:
         if torch.compiler.is_compiling():
             return self.sublayers[index](x, **keywords)
         try:
@@ -215,7 +226,7 @@ class Wrapped(nn.Module):
     def _named(self, index: int) -> str:
         return f"sublayer {index} ({type(self.sublayers[index]).__name__})"
 
-    def _checked(self, index: int, x: Tensor, y) -> Tensor:
+    def _checked(self, index: int, x: Tensor, y: Any) -> Tensor:
         if not isinstance(y, Tensor):
             raise UserError(
                 f"{self._named(index)} returned a {type(y).__name__}, where a tensor is wanted; wrap it in a module "
@@ -232,7 +243,9 @@ class Wrapped(nn.Module):
             )
         return y
 
-    def _arguments(self, each, shared: dict) -> list[dict]:
+    def _arguments(
+        self, each: Sequence[Mapping[str, Any] | None] | None, shared: dict[str, Any]
+    ) -> list[dict[str, Any]]:
         for key in shared:
             if not any(names is None or key in names for names in self.takes):
                 raise UserError(
@@ -264,7 +277,7 @@ def wrap(
     takes: Sequence[Iterable[str]] | None = None,
     start: Start = "own",
     checkpointing: bool = False,
-    **options,
+    **options: Any,
 ) -> Wrapped:
     """Join ``sublayers`` by a residual connection: one module ``[*, D] -> [*, D]``.
 
@@ -291,7 +304,7 @@ def wrap(
     for index, sublayer in enumerate(sublayers):
         if not isinstance(sublayer, nn.Module):
             raise UserError(f"sublayer {index} is a {type(sublayer).__name__}, not a torch.nn.Module")
-    seen = {}
+    seen: dict[int, int] = {}
     for index, sublayer in enumerate(sublayers):
         if seen.setdefault(id(sublayer), index) != index:
             raise UserError(
@@ -300,12 +313,13 @@ def wrap(
             )
     if d_model is None:
         d_model = _find_width(sublayers)
+    taken: list[frozenset[str] | None]
     if takes is None:
-        takes = [_named_by(sublayer) for sublayer in sublayers]
+        taken = [_named_by(sublayer) for sublayer in sublayers]
     elif len(takes) != len(sublayers):
         raise UserError(f"takes must have one entry for each of {len(sublayers)} sublayers, got {len(takes)}")
     else:
-        takes = [frozenset(names) for names in takes]
+        taken = [frozenset(names) for names in takes]
     connection, sites = build_connection(
         len(sublayers),
         d_model,
@@ -319,7 +333,7 @@ def wrap(
         for module in (connection, *sites):
             module.to(like.device, like.dtype)
     factors = begin_as(start, connection, sites, residual)
-    wrapped = Wrapped(sublayers, connection, sites, factors, d_model, channel_dim, takes, sublayers_per_block)
+    wrapped = Wrapped(sublayers, connection, sites, factors, d_model, channel_dim, taken, sublayers_per_block)
     wrapped.checkpointing = checkpointing
     return wrapped
 

@@ -6,7 +6,6 @@ launcher keeps. When one fails, the others are sent SIGTERM, as ``torchrun`` doe
 
 import contextlib
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -15,13 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    ["fault_points", "tensorboard.compat.proto.event_pb2", "tensorboard.summary.writer.record_writer",
-     "rich.progress", "torch.distributed.fsdp", "torch.distributed.tensor.parallel",
-     "torch.distributed.pipelining"]
-)  # fmt: skip
+from forks import context
 
 HANG_S = 150
 """Nothing takes so long, on however busy a machine."""
@@ -57,7 +50,7 @@ class Job:
                 "DEPTHMIX_NOTES": str(notes),
                 "DEPTHMIX_FAULT": json.dumps(fault),
             }
-            process = _context.Process(
+            process = context.Process(
                 target=_enter, args=(arguments, environment, self._log(rank)), daemon=True
             )
             process.start()

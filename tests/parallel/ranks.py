@@ -3,7 +3,6 @@
 The processes are forked from a server that has imported torch, so that eight of them cost what one costs.
 """
 
-import multiprocessing
 import signal
 import time
 from dataclasses import dataclass
@@ -12,11 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    ["depthmix.parallel.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor.parallel"]
-)
+from forks import context
 
 
 @dataclass(frozen=True)
@@ -37,9 +32,9 @@ def run_ranks(function, ranks: int, *args, timeout_s: float = 120) -> list[Outco
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes, pipes = [], []
     for rank in range(ranks):
-        ours, theirs = _context.Pipe(duplex=False)
+        ours, theirs = context.Pipe(duplex=False)
         arguments = (function, rank, ranks, store.port, theirs, args)
-        process = _context.Process(target=_enter, args=arguments, daemon=True)
+        process = context.Process(target=_enter, args=arguments, daemon=True)
         process.start()
         theirs.close()
         processes.append(process)

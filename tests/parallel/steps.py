@@ -1,6 +1,6 @@
 """Some optimiser steps of a small model on random tokens: by one process, or by those of torchrun.
 
-``run`` takes one case; ``run_many`` starts torchrun on this file with many, one after the other in the same processes;
+``run`` takes one case; ``run_many`` starts this file on several processes with many, one after the other in the same;
 ``differences`` says how far two results are from each other. Used by the tests and by
 ``benchmarks/parallel_exactness.py``.
 """
@@ -79,18 +79,22 @@ def run_alone(case: dict) -> dict:
         torch.set_num_threads(threads)
 
 
-def run_many(cases: dict[str, dict], processes: int, timeout_s: float = 600) -> dict[str, dict]:
-    """``run`` of every case by as many processes; the weights of all stages together."""
+def torchrun(arguments: list[str], processes: int, timeout_s: float = 600) -> None:
+    """``python ARGUMENTS`` on as many processes, to the end."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*command, f"--nproc-per-node={processes}", *arguments], capture_output=True, text=True, timeout=timeout_s,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def run_many(cases: dict[str, dict], processes: int, start=torchrun) -> dict[str, dict]:
+    """``run`` of every case by as many processes, which ``start`` starts; the weights of all stages together."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "cases.json").write_text(json.dumps(list(cases.values())))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc-per-node={processes}", __file__, str(folder)]
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout_s,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-4000:]
+        start([__file__, str(folder)], processes)
         found = {}
         for number, (key, case) in enumerate(cases.items()):
             stages = range(ParallelPlan.parse(case["parallel"]).pp)

@@ -1,6 +1,8 @@
 """What processes do send is what the formulas say, to the byte; and what sockets carry is what was counted."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +11,10 @@ from depthmix.comm_command import make_case, run_cases
 from depthmix.parallel.count import by_key
 from depthmix.parallel.plan import ParallelPlan
 from depthmix.parallel.volume import process_volume, wire_bytes
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import warm
 
 TIMEOUT_S = 600
 CUT = "pp=2,schedule=interleaved,stages=4"
@@ -54,9 +60,13 @@ def differences(config, ranks):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes, cases", [(2, cases_of_two), (4, cases_of_four)])
-def test_counted_is_what_the_formulas_say(processes, cases):
+def test_counted_is_what_the_formulas_say(tmp_path, processes, cases):
     configs = cases()
-    results = run_cases(configs, processes, TIMEOUT_S)
+    given, out = tmp_path / "cases.json", tmp_path / "out.json"
+    given.write_text(json.dumps([{"config": config.to_dict()} for config in configs]))
+    for ended in warm.torchrun(["-m", "depthmix.parallel.count", given, out], processes, timeout=TIMEOUT_S):
+        assert ended.returncode == 0, ended.stderr[-4000:]
+    results = json.loads(out.read_text())
     assert len(results) == len(configs)
     kinds = {row[0] for ranks in results for rank in ranks for row in rank["sent"]}
     assert {"all-gather", "reduce-scatter", "all-reduce", "point-to-point"} <= kinds

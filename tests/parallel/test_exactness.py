@@ -6,11 +6,16 @@ whole.
 """
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
 
 from depthmix import available_residuals
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import warm
 
 _spec = importlib.util.spec_from_file_location("parallel_steps", Path(__file__).with_name("steps.py"))
 steps = importlib.util.module_from_spec(_spec)
@@ -24,6 +29,15 @@ SPECS = [
 ]  # fmt: skip
 
 
+STEPS = 8
+"""Of single precision: the learning rate rises over five and falls behind them."""
+
+
+def start(arguments, processes):
+    for ended in warm.torchrun(arguments, processes, timeout=600):
+        assert ended.returncode == 0, ended.stderr[-4000:]
+
+
 @pytest.fixture(scope="module")
 def in_double():
     """All names in fp64, cut into four stages of two processes with a cache, each on two sequence parts."""
@@ -32,7 +46,7 @@ def in_double():
         spec: {"parallel": plan, "dtype": "float64", "steps": 2, "model": {"residual": spec}}
         for spec in SPECS
     }
-    return cases, steps.run_many(cases, 4)
+    return cases, steps.run_many(cases, 4, start)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -73,6 +87,7 @@ def _case(spec: str, plan: str, options: dict) -> dict:
     rates = {name: options.pop(name) for name in ("connection_lr",) if name in options}
     return {
         "parallel": plan,
+        "steps": STEPS,
         "model": {"residual": spec, **options},
         "run": {"activation_checkpointing": again},
         "optim": rates,
@@ -81,16 +96,17 @@ def _case(spec: str, plan: str, options: dict) -> dict:
 
 @pytest.fixture(scope="module")
 def in_single():
-    return steps.run_many({str(i): _case(*pair) for i, pair in enumerate(PAIRS)}, 4)
+    return steps.run_many({str(i): _case(*pair) for i, pair in enumerate(PAIRS)}, 4, start)
 
 
 @pytest.mark.parametrize("number", range(len(PAIRS)), ids=[f"{s}-{p}-{o}" for s, p, o in PAIRS])
-def test_twenty_steps_in_single_precision(in_single, number):
+def test_steps_in_single_precision(in_single, number):
+    """``benchmarks/parallel_exactness.py`` runs twenty steps of every connection by every kind of plan."""
     # The truth keeps every stream and every activation.
     spec, _, options = PAIRS[number]
     memory = {"stream_memory": "store"} if spec.startswith("mgr-") else {}
     rates = {name: options[name] for name in ("connection_lr",) if name in options}
-    case = {"model": {"residual": spec, **memory}, "optim": rates}
+    case = {"steps": STEPS, "model": {"residual": spec, **memory}, "optim": rates}
     truth = steps.run_alone(case)
     off = steps.differences(in_single[str(number)], truth)
     assert off["loss"] < 1e-5

@@ -15,7 +15,7 @@ def test_paired_is_the_paired_t_test():
     found, wanted = paired(list(a - b)), stats.ttest_rel(a, b)
     interval = wanted.confidence_interval(0.95)
     np.testing.assert_allclose(
-        [found.mean, found.error, found.p, found.low, found.high],
+        [found.mean, found.error, found.p, *found.interval],
         [(a - b).mean(), stats.sem(a - b), wanted.pvalue, interval.low, interval.high],
         rtol=1e-12,
     )
@@ -94,5 +94,5 @@ def test_intervals_hold_what_they_promise():
         row = 9.0 * (1.2 * compute) ** -0.06 * np.exp(0.004 * rng.normal(size=9))
         law = fit_power_law(compute, base)
         found = compute_multiplier(list(zip(base, compute, row, compute, strict=True)), law)
-        inside += found.low <= 1.2 <= found.high
+        inside += found.interval[0] <= 1.2 <= found.interval[1]
     assert 372 <= inside <= 392

@@ -1,11 +1,15 @@
 """Models of other packages with another residual connection: their own blocks, joined otherwise."""
 
+from typing import Any
+
 from torch import nn
 
 from ..errors import UserError
 
 
-def adapt(model, residual: str = "mgr-competitive", *, n_streams: int = 4, start: str = "own", **options):
+def adapt(
+    model: Any, residual: str = "mgr-competitive", *, n_streams: int = 4, start: str = "own", **options: Any
+) -> Any:
     """Give a model of another package another residual connection.
 
     Args:

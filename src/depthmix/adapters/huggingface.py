@@ -13,6 +13,7 @@ import copy
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,15 +47,15 @@ FAMILIES = (
 
 
 def adapt_language_model(
-    model,
+    model: Any,
     residual: str = "mgr-competitive",
     *,
     n_streams: int = 4,
     start: str = "own",
     dtype: torch.dtype | None = None,
     attn_implementation: str | None = None,
-    **options,
-):
+    **options: Any,
+) -> Any:
     """:func:`depthmix.adapt` for a causal language model of transformers, or the configuration of one.
 
     Args:
@@ -116,7 +117,7 @@ def adapt_language_model(
     return model
 
 
-def load(folder: str | Path, **keywords):
+def load(folder: str | Path, **keywords: Any) -> Any:
     """Read what ``save_pretrained`` of an adapted model wrote, of any family.
 
     Args:

@@ -27,12 +27,16 @@ import contextlib
 import fnmatch
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import UserError, suggest
-from ..model import GPT
+from ..model import GPT, Block
+from ..residuals import Site
 
 BLOCK_POINTS = (
     "hook_resid_pre",
@@ -64,7 +68,7 @@ def wanted_points(patterns: str | Sequence[str], names: Sequence[str]) -> set[st
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     if not patterns:
         raise UserError('capture needs the names of points, such as "blocks.*.hook_gate"')
-    found = set()
+    found: set[str] = set()
     for pattern in patterns:
         matched = set(fnmatch.filter(names, pattern))
         if not matched:
@@ -78,7 +82,8 @@ class Captured(Mapping[str, Tensor]):
 
     def __init__(self, n_layer: int, residual: str):
         self._order = {name: i for i, name in enumerate(point_names(n_layer))}
-        self._residual, self._values = residual, {}
+        self._residual = residual
+        self._values: dict[str, Tensor] = {}
 
     def _take(self, name: str, value: Tensor) -> None:
         self._values[name] = value
@@ -93,7 +98,7 @@ class Captured(Mapping[str, Tensor]):
             f"{self._residual} has nothing there"
         )
 
-    def __contains__(self, name) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self._values
 
     def __iter__(self) -> Iterator[str]:
@@ -168,15 +173,21 @@ def capture(
             handle.remove()
 
 
-def _watch_block(prefix: str, block, following, wanted: set[str], give) -> list:
-    handles = []
+def _watch_block(
+    prefix: str,
+    block: Block,
+    following: nn.Module,
+    wanted: set[str],
+    give: Callable[[str, Tensor | None], None],
+) -> list[RemovableHandle]:
+    handles: list[RemovableHandle] = []
 
-    def reads(norm, name):
+    def reads(norm: nn.Module, name: str) -> None:
         if prefix + name in wanted:
             # A norm with a hook is not computed together with what is before it.
             handles.append(norm.register_forward_pre_hook(lambda m, args: give(prefix + name, args[0])))
 
-    def writes(module, name):
+    def writes(module: nn.Module, name: str) -> None:
         if prefix + name in wanted:
             # An attention that reads a depth memory returns it beside its output.
             handles.append(
@@ -185,21 +196,21 @@ def _watch_block(prefix: str, block, following, wanted: set[str], give) -> list:
                 )
             )
 
-    def steps(site, suffix):
+    def steps(site: Site, suffix: str) -> None:
         streams, kinds = (
             prefix + "hook_streams" + suffix,
             {k: f"{prefix}hook_{k}{suffix}" for k in ("gate", "pool")},
         )
         if streams in wanted:
 
-            def shown(module, args, result):
+            def shown(module: Any, args: Any, result: Any) -> None:
                 parallel = site.streams(result[1])
                 give(streams, None if parallel is None else torch.stack(tuple(parallel), -2))
 
             handles.append(site.register_forward_hook(shown))
         if any(name in wanted and kind in site.gate_names for kind, name in kinds.items()):
 
-            def gates(module, args):
+            def gates(module: Any, args: Any) -> None:
                 for kind, value in zip(site.gate_names, site.gates(*args[:2]), strict=False):
                     if kind is not None:
                         give(kinds[kind], value)
@@ -216,7 +227,7 @@ def _watch_block(prefix: str, block, following, wanted: set[str], give) -> list:
     return handles
 
 
-def uncompiled():
+def uncompiled() -> AbstractContextManager[Any]:
     """Inside, what was compiled runs as it is written: hooks are not looked for in compiled code."""
     # What has never been imported has compiled nothing, and importing it takes seconds.
     if "torch._dynamo" in sys.modules:

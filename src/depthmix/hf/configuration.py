@@ -1,7 +1,10 @@
 """The configuration of a depthmix model as transformers keeps it: the fields of ``GPTConfig`` beside its own."""
 
+from typing import Any
+
 from transformers import PreTrainedConfig
 
+from ..config import GPTConfig
 from ..exchange.fields import FIELDS, LIMITS, make_config
 
 
@@ -33,28 +36,28 @@ class DepthmixConfig(PreTrainedConfig):
 
     def __init__(
         self,
-        vocab_size=320,
-        n_layer=16,
-        d_model=64,
-        n_head=2,
-        seq_len=256,
-        residual="mgr-competitive",
-        n_streams=4,
-        stream_memory="replay",
-        replay_window=8,
-        inversion="anchored",
-        inversion_top_p=0.01,
-        inversion_tolerance=0.02,
-        score_scale="paper",
-        independent_init="paper",
-        gate_base_depth=21,
-        gate_base_bias=-3.0,
-        rope_theta=10000.0,
-        norm_eps=1e-6,
-        head_size=None,
-        residual_options=None,
-        tie_word_embeddings=True,
-        **kwargs,
+        vocab_size: int = 320,
+        n_layer: int = 16,
+        d_model: int = 64,
+        n_head: int = 2,
+        seq_len: int = 256,
+        residual: str = "mgr-competitive",
+        n_streams: int = 4,
+        stream_memory: str = "replay",
+        replay_window: int = 8,
+        inversion: str = "anchored",
+        inversion_top_p: float = 0.01,
+        inversion_tolerance: float = 0.02,
+        score_scale: str = "paper",
+        independent_init: str = "paper",
+        gate_base_depth: int = 21,
+        gate_base_bias: float = -3.0,
+        rope_theta: float = 10000.0,
+        norm_eps: float = 1e-6,
+        head_size: int | None = None,
+        residual_options: dict[str, Any] | None = None,
+        tie_word_embeddings: bool = True,
+        **kwargs: Any,
     ):
         for name, most in LIMITS.items():
             if isinstance(value := locals()[name], int) and value > most:
@@ -85,7 +88,7 @@ class DepthmixConfig(PreTrainedConfig):
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
     @property
-    def gpt(self):
+    def gpt(self) -> GPTConfig:
         """The :class:`depthmix.GPTConfig` of the model."""
         return make_config(self)
 

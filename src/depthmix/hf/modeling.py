@@ -6,7 +6,9 @@ counted over what it does not leave out, and are those of ``position_ids`` where
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from ..errors import UserError
 from ..functional import read_depth_memory
 from ..model import MLP, Attention, Block, RMSNorm
 from ..residuals import build_residual
+from ..residuals.base import Residual, State
 from .configuration import DepthmixConfig
 
 
@@ -31,13 +34,13 @@ class Call:
 
     mask: Tensor | None
     cache: Cache | None
-    keywords: dict
+    keywords: dict[str, Any]
     weights: list[Tensor] | None = None
     """Where attentions put their weights, if anybody wants them."""
     hidden: list[Tensor] = field(default_factory=list)
     """What entered each block, if anybody wants it."""
 
-    def to(self, device, *_, **__) -> "Call":
+    def to(self, device: torch.device, *_: Any, **__: Any) -> "Call":
         """For a block on another device (accelerate's hooks call it)."""
         moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.keywords.items()}
         mask = self.mask.to(device) if isinstance(self.mask, Tensor) else self.mask
@@ -60,7 +63,15 @@ class DepthmixAttention(Attention):
         self.config, self.layer_idx = config, layer_idx
         self.scaling = self.head_dim**-0.5
 
-    def forward(self, x, cos, sin, cache: Call, layer=0, memory=None):
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: Call,
+        layer: int = 0,
+        memory: tuple[Tensor, ...] | None = None,
+    ) -> Any:
         """``x [B, T, D]``, ``cos, sin [B, 1, 1, T, d / 2]``; returns what :class:`depthmix.model.Attention` does."""
         call = cache
         q, k, v, depth_query, depth_key = self.heads(x, cos, sin)
@@ -84,7 +95,16 @@ class DepthmixAttention(Attention):
         return y if memory is None else (y, (memory, depth_key, depth_value))
 
 
-def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **keywords):
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **keywords: Any,
+) -> tuple[Tensor, Tensor]:
     """Every weight written out: ``q [B, H, T, d]`` -> ``[B, T, H, d]`` and the weights ``[B, H, T, S]``."""
     scores = query @ key.mT * scaling
     if attention_mask is not None:
@@ -121,7 +141,8 @@ class DepthmixBlock(Block):
         self.mlp = DepthmixMLP(config)
 
     @property
-    def checkpointing(self):
+    def checkpointing(self) -> bool:  # type: ignore[override]
+        """Whether the pass at hand keeps only what enters the block."""
         return self.gradient_checkpointing and self.training
 
 
@@ -140,13 +161,13 @@ class DepthmixPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As everywhere, from safetensors: pickles are opened only for ``use_safetensors=False``."""
         kwargs.setdefault("use_safetensors", True)
         return super().from_pretrained(*args, **kwargs)
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         """Weights that no file gave: :meth:`depthmix.GPT.init_weights` in distribution."""
         if isinstance(module, nn.Linear | nn.Embedding):
             into_trunk = getattr(module, "into_trunk", False)
@@ -180,10 +201,10 @@ class DepthmixModel(DepthmixPreTrainedModel):
         self.norm = RMSNorm(gpt.d_model, gpt.norm_eps)
         self.post_init()
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Module:
         return self.embed
 
-    def set_input_embeddings(self, value):
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.embed = value
 
     @can_return_tuple
@@ -197,7 +218,7 @@ class DepthmixModel(DepthmixPreTrainedModel):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """One of ``input_ids [B, T]`` and ``inputs_embeds [B, T, D]``; the rest as everywhere in transformers.
 
@@ -242,7 +263,9 @@ class DepthmixModel(DepthmixPreTrainedModel):
             attentions=tuple(call.weights) if weights else None,
         )
 
-    def _through_blocks(self, x, rotary, call: Call, wanted: bool | None):
+    def _through_blocks(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], call: Call, wanted: bool | None
+    ) -> tuple[Tensor, State]:
         hooked = any(hasattr(block, "_hf_hook") for block in self.blocks)
         if hooked:
             self._check_offloaded()
@@ -293,7 +316,7 @@ class DepthmixModel(DepthmixPreTrainedModel):
             dtype = torch.get_autocast_dtype(device.type)
         return tuple(table.float().to(dtype) for table in (angle.cos(), angle.sin()))
 
-    def _check_context(self, before, tokens: int, position_ids: Tensor) -> None:
+    def _check_context(self, before: int | Tensor, tokens: int, position_ids: Tensor) -> None:
         """Raise ``ValueError`` where a token would stand behind the last place that the model was trained for."""
         if torch.compiler.is_compiling() or position_ids.is_meta:
             return
@@ -310,12 +333,14 @@ class DepthmixModel(DepthmixPreTrainedModel):
             )
 
 
-def foresee(residual, state, blocks):
-    """What the connection wants to know of all sites from the start."""
+def foresee(residual: Residual, state: State, blocks: Iterable[Block]) -> State:
+    """What the connection wants to know of all sites from the start; ``state`` is of ``[B, T, D]`` and more tensors."""
     return residual.foresee(state, [site for b in blocks for site in (b.attn_site, b.mlp_site)])
 
 
-def count_positions(attention_mask: Tensor | None, before, tokens: int, device) -> Tensor:
+def count_positions(
+    attention_mask: Tensor | None, before: int | Tensor, tokens: int, device: torch.device
+) -> Tensor:
     """``[B, T]`` or ``[1, T]``: the place of each of the next ``tokens`` among those that are not padding."""
     place = torch.arange(tokens, device=device) + before
     if attention_mask is not None and attention_mask.dim() == 2:
@@ -335,16 +360,16 @@ class DepthmixForCausalLM(DepthmixPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.post_init()
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Module:
         return self.model.embed
 
-    def set_input_embeddings(self, value):
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.embed = value
 
-    def get_output_embeddings(self):
+    def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def set_output_embeddings(self, value):
+    def set_output_embeddings(self, value: nn.Module) -> None:
         self.lm_head = value
 
     @can_return_tuple
@@ -360,7 +385,7 @@ class DepthmixForCausalLM(DepthmixPreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """``labels [B, T]``: ids as in ``input_ids``, shifted here; -100 where there is nothing to learn.
 

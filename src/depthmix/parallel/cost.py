@@ -101,7 +101,7 @@ class Job:
     backend: str = "nccl"
     """What collectives run on: gloo has no all-to-all."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         same = self.shape.layers == self.model.n_layer and self.shape.width == self.model.d_model
         if not same:
             raise UserError(

@@ -17,7 +17,7 @@ Neighbouring ranks differ in tp first, then fsdp, dp and pp: what communicates m
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, suggest
 
@@ -46,7 +46,7 @@ class ParallelPlan:
     """MiB of parameters that FSDP gathers at once, at least: neighbouring blocks share a unit until they have as many,
     and blocks that have fewer all together stay gathered. 0: every block is a unit."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for axis in AXES:
             if getattr(self, axis) < 1:
                 raise UserError(f"parallel: {axis} must be at least 1, got {getattr(self, axis)}")
@@ -70,7 +70,7 @@ class ParallelPlan:
     def parse(cls, text: str) -> "ParallelPlan":
         """The plan that ``text`` says, ``""`` being one process. Raises ``UserError`` with the valid keys."""
         keys = [field.name for field in dataclasses.fields(cls)]
-        values = {}
+        values: dict[str, Any] = {}
         for word in filter(None, (part.strip() for part in text.split(","))):
             key, equals, value = (part.strip() for part in word.partition("="))
             if not equals:
@@ -168,11 +168,11 @@ class ParallelPlan:
                 f"stages of pp each break the graph at every block; leave --compile out"
             )
 
-    def rows(self, config: "TrainConfig") -> int:
+    def rows(self, config: "TrainConfig | Job") -> int:
         """Sequences a step of one process."""
         return config.batch_size // self.data_ways
 
-    def micro_batch(self, config: "TrainConfig") -> int:
+    def micro_batch(self, config: "TrainConfig | Job") -> int:
         """Sequences a forward pass of one process."""
         rows = self.rows(config)
         if config.micro_batch:
@@ -183,7 +183,7 @@ class ParallelPlan:
         """Two for each pipeline process where the rows allow it, else one, else as many as there are rows."""
         return next((count for count in (2 * self.pp, self.pp) if rows % count == 0), rows)
 
-    def micro_batches(self, config: "TrainConfig") -> int:
+    def micro_batches(self, config: "TrainConfig | Job") -> int:
         """Forward passes a step of one process. Raises ``UserError`` for too few for the pipeline's schedule."""
         count = self.rows(config) // self.micro_batch(config)
         if self.schedule == "1f1b" and count < self.stages:

@@ -19,7 +19,8 @@ from .plan import ParallelPlan
 
 AXES = ("dp", "fsdp", "tp")
 """In the order in which matrices are divided."""
-Shape = tuple[int, int]
+Shape = tuple[int, ...]
+"""Rows and columns of a matrix."""
 
 
 def owners(shapes: Sequence[Shape], plan: ParallelPlan) -> tuple[dict[str, int], ...]:

@@ -14,8 +14,8 @@ wide together:
 ``moda``                                     D + 2 W l
 ===========================================  =================================================================
 
-and as much backwards, of gradients. Their dtype is that of the run (fp32 under autocast), of the streams of ``mgr-*`` the
-one that ``stream_dtype`` names. Each is written here as the *values* that cross, by name
+and as much backwards, of gradients. Their dtype is that of the run (fp32 under autocast), of the streams of ``mgr-*``
+the one that ``stream_dtype`` names. Each is written here as the *values* that cross, by name
 (:func:`crossing_values`), from the connection's equations and not from its code, so that counting what does cross tests
 both. With the interleaved schedule's cache, values that the receiving process has by the same name are not sent again.
 
@@ -54,8 +54,9 @@ import functools
 import json
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -65,6 +66,8 @@ from ..optim import BATCH_ELEMENTS, matrix_batches
 from .plan import ParallelPlan, cuts, stage_blocks, units
 from .updates import batch_elements, local_shape, owners
 
+Values = list[tuple[tuple[Any, ...], int]]
+"""Name and numbers per token of each."""
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "broadcast", "point-to-point")
 
 
@@ -93,7 +96,7 @@ class Volume:
 # --- what crosses a cut ---------------------------------------------------------------------------
 
 
-def crossing_values(model: GPTConfig, sublayer: int) -> list[tuple[tuple, int]]:
+def crossing_values(model: GPTConfig, sublayer: int) -> Values:
     """What is read behind ``sublayer`` (1 .. L - 1) of what was before: ``(name, numbers per token)`` of each value.
 
     Equal names are equal values. Raises ``UserError`` for a connection without a formula.
@@ -111,9 +114,7 @@ def crossing_numbers(model: GPTConfig, sublayer: int) -> int:
     return sum(numbers for _, numbers in crossing_values(model, sublayer))
 
 
-def sent_values(
-    model: GPTConfig, plan: ParallelPlan, cut: int, cache: bool = True
-) -> list[tuple[tuple, int]]:
+def sent_values(model: GPTConfig, plan: ParallelPlan, cut: int, cache: bool = True) -> Values:
     """:func:`crossing_values` of ``cut`` (0 is behind the first stage) without those that the receiver has.
 
     The process that receives there has run the stage pp - 1 before, and has what crossed behind that. Of both lists the
@@ -152,19 +153,19 @@ def state_bytes(model: GPTConfig, precision: str) -> int:
     return {"fp32": 4, "bf16": 2, "model": 2 if precision == "bf16" else 4}[own]
 
 
-def _single(model, sublayer):
+def _single(model: GPTConfig, sublayer: int) -> Values:
     return [(("x", sublayer), model.d_model)]
 
 
-def _streams(model, sublayer):
+def _streams(model: GPTConfig, sublayer: int) -> Values:
     return [(("streams", sublayer), model.n_streams * model.d_model)]
 
 
-def _two(model, sublayer):
+def _two(model: GPTConfig, sublayer: int) -> Values:
     return [(("x", sublayer), model.d_model), (("y", sublayer), model.d_model)]
 
 
-def _ramp(model, sublayer):
+def _ramp(model: GPTConfig, sublayer: int) -> Values:
     # The embedding and every output are streams of their own until there are n, which then change together.
     if sublayer + 1 >= model.n_streams:
         if model.residual_options.get("separate_streams", False):
@@ -174,11 +175,11 @@ def _ramp(model, sublayer):
     return [(("stream", i), model.d_model) for i in range(sublayer + 1)]
 
 
-def _outputs(model, sublayer):
+def _outputs(model: GPTConfig, sublayer: int) -> Values:
     return [(("output", i), model.d_model) for i in range(sublayer + 1)]
 
 
-def _block_sums(model, sublayer):
+def _block_sums(model: GPTConfig, sublayer: int) -> Values:
     options = model.residual_options
     count, size, depth = options.get("blocks"), options.get("block_size"), model.n_sublayers
     if size is None:
@@ -187,7 +188,8 @@ def _block_sums(model, sublayer):
         sizes = [small + (block < larger) for block in range(count)]
     else:
         sizes = [min(size, depth - first) for first in range(0, depth, size)]
-    values, first = [(("embedding",), model.d_model)], 0
+    values: Values = [(("embedding",), model.d_model)]
+    first = 0
     for size in sizes:
         if first < sublayer:
             # A sum over the block's outputs so far: another value as soon as one more is in it.
@@ -196,7 +198,7 @@ def _block_sums(model, sublayer):
     return values
 
 
-def _block_outputs(model, sublayer):
+def _block_outputs(model: GPTConfig, sublayer: int) -> Values:
     k, p = (model.residual_options.get(name, 1) for name in ("dilation", "period"))
     done, inside = divmod(sublayer, 2)
     # Averages still to be taken: that behind a block, of all X_j in its own phase, is taken behind the cut.
@@ -209,7 +211,7 @@ def _block_outputs(model, sublayer):
     return [(("X", j), model.d_model) for j in sorted({*wanted, done})]
 
 
-def _memory(model, sublayer):
+def _memory(model: GPTConfig, sublayer: int) -> Values:
     width = model.attention_width
     read = sublayer < model.n_sublayers - 1  # by an attention behind the cut
     pairs = [((kind, i), width) for i in range(1, sublayer + 1) for kind in ("key", "value")] if read else []
@@ -295,13 +297,13 @@ def stage_weights(model: GPTConfig, plan: ParallelPlan) -> list[StageWeights]:
     return found
 
 
-def _connection_weights(model: GPTConfig):
+def _connection_weights(model: GPTConfig) -> tuple[list[Weight], list[list[tuple[Weight, bool]]]]:
     """Parameters of the beginning, and of each site with whether they belong to the read alone."""
     return _connection_weights_of(json.dumps(dataclasses.asdict(model), sort_keys=True))
 
 
 @functools.lru_cache(maxsize=64)
-def _connection_weights_of(text: str):
+def _connection_weights_of(text: str) -> tuple[list[Weight], list[list[tuple[Weight, bool]]]]:
     from ..residuals import build_residual
 
     model = GPTConfig(**json.loads(text))
@@ -311,7 +313,7 @@ def _connection_weights_of(text: str):
         sites = [residual.site(index) for index in range(1, model.n_sublayers + 1)]
     tp_split = 0 if residual.crosses_by_head else None  # keys and values, by heads
 
-    def weights(module, received=()):
+    def weights(module: Any, received: tuple[str, ...] = ()) -> Iterator[tuple[Weight, bool]]:
         for name, parameter in module.named_parameters():
             muon = module.optimizer_group(name, parameter) == "muon"
             split = tp_split if muon else None
@@ -330,7 +332,7 @@ def step_volume(
 
     ``backend``: ``gloo`` or ``nccl``, which decides how Muon's updates travel; by default that of ``config.device``.
     """
-    largest: dict[tuple, Volume] = {}
+    largest: dict[tuple[Any, ...], Volume] = {}
     for rank in range(plan.processes):
         place = plan.coordinates(rank)
         if place["dp"] or place["tp"]:
@@ -353,6 +355,17 @@ def process_volume(
     return [v for v in _Process(config, plan, rank, backend, cache).volumes() if v.calls]
 
 
+@dataclass(frozen=True)
+class _Matrix:
+    """One of Muon's, which one process turns into an update."""
+
+    shape: tuple[int, ...]
+    dims: dict[str, int]
+    """Axis of the plan, fsdp or tp -> the dimension that it divides."""
+    owner: dict[str, int]
+    """Where that process stands on dp, fsdp and tp."""
+
+
 class _Process:
     def __init__(self, config: TrainConfig, plan: ParallelPlan, rank: int, backend: str | None, cache: bool):
         self.config, self.plan, self.model, self.cache = config, plan, config.model, cache
@@ -372,7 +385,7 @@ class _Process:
         yield from self._updates()
         yield from self._scalars()
 
-    def _data(self):
+    def _data(self) -> Iterator[Volume]:
         plan = self.plan
         if self.plan.sharded:
             yield from self._sharded_data()
@@ -388,7 +401,7 @@ class _Process:
                 used = 4 * sum(len(stage.all) for stage in self.stages)
                 yield Volume("all-reduce", "dp", "gradients", times * used, times * len(self.stages), plan.dp)
 
-    def _padded(self, unit) -> int:
+    def _padded(self, unit: Iterable[Weight]) -> int:
         """Numbers of one process of tp, each parameter's rows filled up to a multiple of fsdp."""
         return sum(self.plan.fsdp * math.prod(self._shard(w)) for w in unit)
 
@@ -396,7 +409,7 @@ class _Process:
         rows, *rest = weight.local(self.plan.tp)
         return (-(-rows // self.plan.fsdp), *rest)
 
-    def _sharded_data(self):
+    def _sharded_data(self) -> Iterator[Volume]:
         plan, M = self.plan, self.micro_batches
         gathered = reduced = gathers = reductions = 0
         for stage in self.stages:
@@ -428,7 +441,7 @@ class _Process:
             part = times * reduced * self.size // plan.fsdp
             yield Volume("all-reduce", "dp", "gradients", part, times * reductions, plan.dp)
 
-    def _sequence(self):
+    def _sequence(self) -> Iterator[Volume]:
         plan = self.plan
         if plan.tp == 1:
             return
@@ -485,7 +498,7 @@ class _Process:
         each = -(-rows // self.plan.fsdp)
         return max(0, min(each, rows - self.place["fsdp"] * each)) * math.prod(rest)
 
-    def _states(self):
+    def _states(self) -> Iterator[Volume]:
         plan, M = self.plan, self.micro_batches
         for stage in self.numbers:
             for cut, direction in ((stage, "forward"), (stage - 1, "backward")):
@@ -506,68 +519,63 @@ class _Process:
             numbers = self._held(Weight((self.model.vocab_size, self.model.d_model)))
             yield Volume("all-reduce", "tied", "gradients", numbers * self.size, 1, 2)
 
-    def _updates(self):
+    def _updates(self) -> Iterator[Volume]:
         """Muon's matrices on their way to one process each and back: along fsdp, then tp; back also along dp."""
-        plan, ways = self.plan, {axis: getattr(self.plan, axis) for axis in ("dp", "fsdp", "tp")}
+        found: dict[tuple[str, str], list[int]] = {}
+        for batch in self._update_batches():
+            for kind, axis, size in self._update_traffic(batch):
+                total = found.setdefault((kind, axis), [0, 0])
+                total[0] += size
+                total[1] += 1
+        for (kind, axis), (size, calls) in found.items():
+            yield Volume(kind, axis, "updates", size, calls, getattr(self.plan, axis))
+
+    def _update_batches(self) -> Iterator[list[_Matrix]]:
+        """Muon's matrices that travel at once."""
+        plan = self.plan
         matrices = [w for stage in self.stages for w in stage.all if w.muon]
         dims = []
         for w in matrices:
             tp = {"tp": w.split} if plan.tp > 1 and w.split is not None else {}
             dims.append(tp | ({"fsdp": 0} if plan.sharded else {}))
         keys = [(w.shape, str(sorted(d.items()))) for w, d in zip(matrices, dims, strict=True)]
-        there = 4  # momenta are fp32, updates bf16 on GPUs
-        back = 2 if self.backend == "nccl" else 4
-        found: dict[tuple[str, str], list[int]] = {}
-
-        def add(kind, axis, size):
-            total = found.setdefault((kind, axis), [0, 0])
-            total[0] += size
-            total[1] += 1
-
         for batch in matrix_batches(keys, batch_elements(plan, BATCH_ELEMENTS)):
             owner = owners([matrices[i].shape for i in batch], plan)
-            batch = [(matrices[i].shape, dims[i], o) for i, o in zip(batch, owner, strict=True)]
+            yield [_Matrix(matrices[i].shape, dims[i], o) for i, o in zip(batch, owner, strict=True)]
 
-            def beside(axes, batch=batch):
-                """Matrices that fall to this process's place on these axes."""
-                return [
-                    (shape, dim)
-                    for shape, dim, o in batch
-                    if all(o[axis] == self.place[axis] for axis in axes)
-                ]
+    def _update_traffic(self, batch: list[_Matrix]) -> Iterator[tuple[str, str, int]]:
+        """Kind, axis and bytes of each collective of a batch."""
+        plan = self.plan
+        there = 4  # momenta are fp32, updates bf16 on GPUs
+        back = 2 if self.backend == "nccl" else 4
+        for axis, outer in (("fsdp", ("dp",)), ("tp", ("dp", "fsdp"))):
+            group, ways = self._owned_here(batch, outer), getattr(plan, axis)
+            if ways == 1 or not group:
+                continue
+            travelling = [matrix for matrix in group if axis in matrix.dims]
+            if travelling:
+                sent = sum(self._part(matrix, axis, self.place[axis]) for matrix in travelling)
+                yield "all-to-all", axis, sent * there
+            # Back, a matrix's owner sends a part to everyone; of one that the axis does not divide, all of it.
+            mine = self._owned_here(group, (axis,))
+            sent = sum(self._part(matrix, axis, place) for matrix in mine for place in range(ways))
+            yield "all-to-all", axis, sent * back
+        if plan.dp > 1:
+            each = [0] * plan.dp
+            for matrix in batch:
+                each[matrix.owner["dp"]] += self._part(matrix, "fsdp", self.place["fsdp"])
+            yield "all-gather", "dp", plan.dp * max(each) * back
 
-            def numbers(shape, dim, axis, place=None):
-                """Of a part that travels along ``axis``: what is inside of it is whole."""
-                dim = {a: d for a, d in dim.items() if axis == "fsdp" or a == axis}
-                return math.prod(
-                    local_shape(shape, dim, plan, {**self.place, **({} if place is None else place)})
-                )
+    def _owned_here(self, batch: list[_Matrix], axes: tuple[str, ...]) -> list[_Matrix]:
+        """Matrices that fall to this process's place on these axes."""
+        return [matrix for matrix in batch if all(matrix.owner[axis] == self.place[axis] for axis in axes)]
 
-            for axis, outer in (("fsdp", ("dp",)), ("tp", ("dp", "fsdp"))):
-                if ways[axis] == 1:
-                    continue
-                group = beside(outer)
-                sent = sum(numbers(shape, dim, axis) for shape, dim in group if axis in dim)
-                if any(axis in dim for _, dim in group):
-                    add("all-to-all", axis, sent * there)
-                # Back, a matrix's owner sends a part to everyone; of one that the axis does not divide, all of it.
-                mine = beside((*outer, axis))
-                sent = sum(
-                    numbers(shape, dim, axis, {axis: place})
-                    for shape, dim in mine
-                    for place in range(ways[axis])
-                )
-                if group:
-                    add("all-to-all", axis, sent * back)
-            if plan.dp > 1:
-                each = [0] * plan.dp
-                for shape, dim, o in batch:
-                    each[o["dp"]] += numbers(shape, dim, "fsdp")
-                add("all-gather", "dp", plan.dp * max(each) * back)
-        for (kind, axis), (size, calls) in found.items():
-            yield Volume(kind, axis, "updates", size, calls, ways[axis])
+    def _part(self, matrix: _Matrix, axis: str, place: int) -> int:
+        """Numbers of the part that travels along ``axis`` from or to ``place`` there: what is inside of it is whole."""
+        dims = {name: dim for name, dim in matrix.dims.items() if axis == "fsdp" or name == axis}
+        return math.prod(local_shape(matrix.shape, dims, self.plan, {**self.place, axis: place}))
 
-    def _scalars(self):
+    def _scalars(self) -> Iterator[Volume]:
         plan = self.plan
         yield Volume("all-reduce", "world", "loss", 8, 1, plan.processes)
         for axis in ("fsdp", "tp"):

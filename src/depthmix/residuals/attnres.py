@@ -60,8 +60,9 @@ gradient takes h as it was rounded (:mod:`depthmix.ops.pool`).
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -69,8 +70,11 @@ from torch import Tensor, nn
 from .. import functional
 from ..errors import UserError
 from ..ops import reference
-from .base import Residual, Scaling, Site, State
+from .base import Gates, Residual, Scaling, Site, State
 from .registry import register
+
+if TYPE_CHECKING:
+    from ..config import GPTConfig
 
 
 class SourceSite(Site):
@@ -132,7 +136,7 @@ class SourceSite(Site):
         *finished, running = sources
         return (*finished, layer_output if running is None else running + layer_output)
 
-    def write(self, layer_output, state):
+    def write(self, layer_output: Tensor, state: State) -> State:
         sources, foreseen = state[: self.n_sources], state[self.n_sources :]
         written = self._written(layer_output, sources)
         if not foreseen:
@@ -148,7 +152,7 @@ class SourceSite(Site):
             _, *lses = made[len(made) // 2 :]
         return (*written, *means, *lses, queries)
 
-    def read(self, state):
+    def read(self, state: State) -> Tensor:
         n_sources = self.n_sources + self.new_source
         sources, made = state[:n_sources], state[n_sources:-1]
         query = self.scoring_query(sources[0].dtype)
@@ -160,15 +164,15 @@ class SourceSite(Site):
             sources[self.n_finished :], query, scale=1.0, eps=self.eps, carried=carried
         )
 
-    def send(self, layer_output, state):
+    def send(self, layer_output: Tensor, state: State) -> State:
         """The sources alone: what was foreseen is for readers in front of the cut."""
         return self._written(layer_output, state[: self.n_sources])
 
-    def gates(self, layer_output, state):
+    def gates(self, layer_output: Tensor, state: State) -> Gates:
         written = torch.stack(self._written(layer_output, state[: self.n_sources]), -2)
         return (reference.pool_weights(written, self.scoring_query(written.dtype), 1.0, self.eps),)
 
-    def mix(self, layer_output, state, gates):
+    def mix(self, layer_output: Tensor, state: State, gates: Gates) -> tuple[Tensor, State]:
         written = self._written(layer_output, state[: self.n_sources])
         (alpha,) = gates
         return sum(alpha[..., i, None] * v for i, v in enumerate(written)), written
@@ -185,7 +189,7 @@ class AttentionResiduals(Residual):
         self.starts, self.key_norm = starts, key_norm
         self.groups = reader_groups(starts)
 
-    def foresee(self, state, sites):
+    def foresee(self, state: State, sites: Sequence[Site]) -> State:
         """With ``sites`` that begin inside of a group, behind a cut, its readers get their means here."""
         queries = torch.stack([site.scoring_query(state[0].dtype) for site in sites])
         if sites[0].group:
@@ -196,18 +200,18 @@ class AttentionResiduals(Residual):
         # The first of each is of a reader in front of these, and dropped.
         return *state, means[0], *means, lses[0], *lses, queries
 
-    def start_as_prenorm(self, sites):
+    def start_as_prenorm(self, sites: Sequence[Any]) -> Scaling:
         """The mean of the sources, which sum up to PreNorm's state."""
         for site in sites:
             site.reset_parameters()
         return Scaling(1.0, tuple(float(1 + n) for n in itertools.accumulate(self.starts)))
 
-    def unchanged(self, earlier, later):
+    def unchanged(self, earlier: int, later: int) -> int:
         begun = sum(self.starts[:earlier])
         # The newest source is still added to, unless the next sublayer begins another.
         return 1 + begun - (not self.starts[earlier])
 
-    def without(self, state, sites, first):
+    def without(self, state: State, sites: Sequence[Site], first: int) -> State | None:
         """Sources alone, without those that the sublayers begin. ``None`` is one that a later sublayer adds to."""
         before, behind = first - 1, first - 1 + len(sites)
         sources = state[: 1 + sum(self.starts[:before])]
@@ -216,7 +220,7 @@ class AttentionResiduals(Residual):
             return (*sources, None)
         return sources
 
-    def site(self, index):
+    def site(self, index: int) -> Site:
         first, size = next((i, n) for i, n in self.groups if i < index <= i + n)
         return SourceSite(
             self.d_model,
@@ -246,7 +250,7 @@ class AttnResOptions:
 
 
 @register("attnres", "softmax attention over the embedding and all earlier outputs", options=AttnResOptions)
-def _full(config, options):
+def _full(config: "GPTConfig", options: Any) -> Residual:
     return AttentionResiduals(config, [True] * config.n_sublayers, options.key_norm)
 
 
@@ -259,7 +263,7 @@ class BlockAttnResOptions(AttnResOptions):
     block_size: int | None = None
     """S, sublayers in a block (an attention and an MLP count one each); the last block may be shorter."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("blocks", "block_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -295,6 +299,6 @@ def block_starts(n_sublayers: int, blocks: int | None, block_size: int | None) -
     "softmax attention over the embedding and the sums of blocks of outputs",
     options=BlockAttnResOptions,
 )
-def _block(config, options):
+def _block(config: "GPTConfig", options: Any) -> Residual:
     starts = block_starts(config.n_sublayers, options.blocks, options.block_size)
     return AttentionResiduals(config, starts, options.key_norm)

@@ -41,7 +41,7 @@ A new connection is one file: subclass :class:`Residual` and :class:`Site`, deco
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -69,8 +69,8 @@ class Site(nn.Module):
     """Where the values of ``"gate"`` lie; the few outside, where there can be any, are outliers."""
 
     gated_streams: tuple[int, ...] | None = None
-    """Which of :meth:`streams`, from 0, the values of ``"gate"`` belong to, the others being left as they are; ``None``:
-    all, or there are none."""
+    """Which of :meth:`streams`, from 0, the values of ``"gate"`` belong to, the others being left as they are;
+    ``None``: all, or there are none."""
 
     convex = False
     """Whether the gate also says what is forgotten: ``(1 - gate) old + gate new``."""
@@ -87,7 +87,7 @@ class Site(nn.Module):
         raise NotImplementedError
 
     def forward(self, layer_output: Tensor, state: State) -> tuple[Tensor, State]:
-        """The verb ``step``: write, then read."""
+        """The verb ``step``: write ``layer_output [B, T, D]``, then read: ``(h [B, T, D], state)``."""
         state = self.write(layer_output, state)
         return self.read(state), state
 
@@ -95,12 +95,15 @@ class Site(nn.Module):
     """Attributes, parameters or modules, that :meth:`receive` reads and :meth:`send` does not."""
 
     def send(self, layer_output: Tensor, state: State) -> State:
-        """The write in front of a cut: what crosses it, each tensor once. Runs without what ``received`` names."""
+        """The write of ``layer_output [B, T, D]`` in front of a cut: what crosses it, each tensor once.
+
+        Runs without what ``received`` names.
+        """
         return self.write(layer_output, state)
 
     def receive(self, crossed: State) -> tuple[Tensor, State]:
-        """The read behind a cut: the next sublayer's input and the state it comes with, of what :meth:`send` returned.
-        Runs with what ``received`` names alone."""
+        """The read behind a cut: the next sublayer's input ``[B, T, D]`` and the state it comes with, of what
+        :meth:`send` returned. Runs with what ``received`` names alone."""
         return self.read(crossed), crossed
 
     def gates(self, layer_output: Tensor, state: State) -> Gates:
@@ -117,13 +120,13 @@ class Site(nn.Module):
 
     def depth_memory(self, state: State) -> tuple[Tensor, ...] | None:
         """What the attention before this site reads besides its sequence, at the same token: a memory of
-        :func:`depthmix.functional.extend_depth_memory`, perhaps still empty.
+        :func:`depthmix.functional.extend_depth_memory`, keys and values ``[B, H, T, d]``, perhaps still empty.
 
         ``None`` where attention reads its sequence alone; then :meth:`remember` is never called.
         """
         return None
 
-    def remember(self, shown: tuple, state: State) -> State:
+    def remember(self, shown: tuple[Any, ...], state: State) -> State:
         """Take into the state, before the write, what later attentions are to read.
 
         ``shown``: by an attention, the memory as it left it and its keys and values for the new tokens, not
@@ -132,7 +135,7 @@ class Site(nn.Module):
         raise NotImplementedError
 
     def drawn_weights(self) -> tuple[nn.Parameter, ...]:
-        """Matrices that start as normal(0, .02): the model draws them from its seed, after all it shares."""
+        """Matrices ``[rows, cols]`` that start as normal(0, .02): drawn from the model's seed, after all the rest."""
         return ()
 
     def streams(self, state: State) -> tuple[Tensor, ...] | None:
@@ -142,7 +145,7 @@ class Site(nn.Module):
     def optimizer_group(self, name: str, parameter: nn.Parameter) -> str:
         """``"muon"``, ``"adamw"`` or ``"adamw_no_decay"`` for the parameter ``name`` of this module.
 
-        Gates and mixing matrices are AdamW's whatever their shape; vectors and scalars do not decay.
+        Gates and mixing matrices are AdamW's whatever their shape; vectors ``[D]`` and scalars ``[]`` do not decay.
         """
         return "adamw" if parameter.ndim >= 2 else "adamw_no_decay"
 
@@ -191,7 +194,7 @@ class Residual(nn.Module):
     not_linear: str | None = None
     """Why inputs of sublayers are no linear mixture of earlier outputs; ``None`` where they are."""
 
-    def __init__(self, config: "GPTConfig", options=None):
+    def __init__(self, config: "GPTConfig", options: Any = None):
         super().__init__()
 
     def begin(self, x: Tensor) -> tuple[Tensor, State]:
@@ -199,7 +202,7 @@ class Residual(nn.Module):
         return x, (x,)
 
     def begin_gates(self, x: Tensor) -> Gates:
-        """The coefficients of :meth:`begin`; none by default."""
+        """The coefficients of :meth:`begin` of ``x [B, T, D]``; none by default."""
         return ()
 
     def begin_mix(self, x: Tensor, gates: Gates) -> tuple[Tensor, State]:
@@ -210,7 +213,8 @@ class Residual(nn.Module):
         """What :meth:`begin` returned, with what it helps to know of all ``sites`` from the start.
 
         A site's parameters are its own; where others need something of them sooner, it travels in the state.
-        The model calls this; where nobody does, every step works without.
+        The model calls this; where nobody does, every step works without. Of the state, ``[B, T, D]`` and more
+        tensors, the front stays.
         """
         return state
 
@@ -248,9 +252,9 @@ class Residual(nn.Module):
         raise NotImplementedError
 
     def finish(self, h: Tensor, state: State) -> Tensor:
-        """The trunk's output, given what the last site read."""
+        """The trunk's output ``[B, T, D]``, given what the last site read, ``h [B, T, D]``."""
         return h
 
     def optimizer_group(self, name: str, parameter: nn.Parameter) -> str:
-        """As :meth:`Site.optimizer_group`, for what belongs to no site."""
+        """As :meth:`Site.optimizer_group`, for what belongs to no site, of any shape ``[...]``."""
         return "adamw" if parameter.ndim >= 2 else "adamw_no_decay"

@@ -21,17 +21,22 @@ once, and never copied.
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UserError
 from ..ops.reference import compute_dtype
 from ..ops.weighted_sum import weighted_sum
-from .base import Residual, Site
+from .base import Gates, Residual, Scaling, Site, State
 from .prenorm import AddSite
 from .registry import register
+
+if TYPE_CHECKING:
+    from ..config import GPTConfig
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class DenseFormerOptions:
     period: int = 1
     """p: every p-th block averages."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("dilation", "period"):
             value = getattr(self, name)
             if value < 1:
@@ -92,10 +97,10 @@ class DepthAverageSite(Site):
             x = weighted_sum(self.depth_weight, [sources[j] for j in self.sources_read])
         return (x, *(sources[j] for j in self.sources_kept))
 
-    def write(self, layer_output, state):
+    def write(self, layer_output: Tensor, state: State) -> State:
         return self._averaged(self._written(layer_output, state))
 
-    def read(self, state):
+    def read(self, state: State) -> Tensor:
         return state[0]
 
     def crossing(self):
@@ -103,22 +108,22 @@ class DepthAverageSite(Site):
         read = (self.n_sources - 1,) if self.sources_read is None else self.sources_read
         return sorted({*read, *self.sources_kept})
 
-    def send(self, layer_output, state):
+    def send(self, layer_output: Tensor, state: State) -> State:
         """The sources alone: their average is taken behind the cut."""
         sources = self._written(layer_output, state)
         return tuple(sources[j] for j in self.crossing())
 
-    def receive(self, crossed):
+    def receive(self, crossed: State) -> tuple[Tensor, State]:
         state = self._averaged(dict(zip(self.crossing(), crossed, strict=True)))
         return state[0], state
 
-    def gates(self, layer_output, state):
+    def gates(self, layer_output: Tensor, state: State) -> Gates:
         if self.sources_read is None:
             return ()
         weights = self.depth_weight.to(compute_dtype(state[0].dtype))
         return (weights.expand(*layer_output.shape[:-1], -1),)
 
-    def mix(self, layer_output, state, gates):
+    def mix(self, layer_output: Tensor, state: State, gates: Gates) -> tuple[Tensor, State]:
         x, *sources = state
         x = x + layer_output
         sources.append(x)
@@ -138,7 +143,7 @@ class DenseFormer(Residual):
     counts_blocks = True
     not_prenorm = None
 
-    def __init__(self, config, options):
+    def __init__(self, config: "GPTConfig", options: Any):
         super().__init__(config)
         self.per_block = config.n_sublayers // config.n_layer
         self.n_layer, self.dilation, self.period = config.n_layer, options.dilation, options.period
@@ -160,7 +165,7 @@ class DenseFormer(Residual):
         """The blocks whose outputs are at hand behind ``block``'s addition."""
         return [*self._wanted(block - 1), block]
 
-    def unchanged(self, earlier, later):
+    def unchanged(self, earlier: int, later: int) -> int:
         if earlier % self.per_block or later % self.per_block:
             return 0
         first, second = (
@@ -170,16 +175,16 @@ class DenseFormer(Residual):
         same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
         return len(list(same))
 
-    def start_as_prenorm(self, sites):
+    def start_as_prenorm(self, sites: Sequence[Any]) -> Scaling:
         for site in sites:
             if isinstance(site, DepthAverageSite):
                 site.reset_parameters()
         return super().start_as_prenorm(sites)
 
-    def begin(self, x):
+    def begin(self, x: Tensor) -> tuple[Tensor, State]:
         return x, (x, x) if self._wanted(0) else (x,)
 
-    def site(self, index):
+    def site(self, index: int) -> Site:
         block, inside = divmod(index, self.per_block)
         if inside:
             return AddSite()

@@ -32,17 +32,21 @@ The trunk's output is x. The gates' matrices are AdamW's.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..ops.channel_gate import admit, channel_gate, gated_update
 from ..ops.reference import compute_dtype
-from .base import Residual, Scaling, Site
+from .base import Gates, Residual, Scaling, Site, State
 from .mgr import gate_bias_init
 from .registry import register
+
+if TYPE_CHECKING:
+    from ..config import GPTConfig
 
 
 class ChannelGateSite(Site):
@@ -91,7 +95,7 @@ class ChannelGateSite(Site):
             drawn = torch.empty(self.gate_weight.shape, dtype=torch.float32, device="cpu")
             self.gate_weight.copy_(drawn.normal_(0.0, 0.02, generator=generator))
 
-    def write(self, layer_output, state):
+    def write(self, layer_output: Tensor, state: State) -> State:
         (x,) = state
         return (
             gated_update(
@@ -100,15 +104,15 @@ class ChannelGateSite(Site):
             ),
         )  # fmt: skip
 
-    def read(self, state):
+    def read(self, state: State) -> Tensor:
         return state[0]
 
-    def gates(self, layer_output, state):
+    def gates(self, layer_output: Tensor, state: State) -> Gates:
         return (
             channel_gate(state[0], layer_output, self.gate_weight, self.gate_bias, self.normalise, self.eps),
         )
 
-    def mix(self, layer_output, state, gates):
+    def mix(self, layer_output: Tensor, state: State, gates: Gates) -> tuple[Tensor, State]:
         dtype = compute_dtype(state[0].dtype)
         x = admit(state[0].to(dtype), layer_output.to(dtype), gates[0], self.convex).to(state[0].dtype)
         return x, (x,)
@@ -136,11 +140,11 @@ class ChannelGates(Residual):
             convex=convex, see_update=see_update, normalise=normalise, bias=bias, eps=config.norm_eps
         )
 
-    def without(self, state, sites, first):
+    def without(self, state: State, sites: Sequence[Site], first: int) -> State | None:
         return state  # as with a shut gate
 
     @torch.no_grad()
-    def start_as_prenorm(self, sites):
+    def start_as_prenorm(self, sites: Sequence[Any]) -> Scaling:
         """Convex: gates of 1 / (l + 1), so that x is the mean of embedding and outputs. Else gates of one half."""
         for index, site in enumerate(sites, start=1):
             site.gate_weight.zero_()
@@ -149,7 +153,7 @@ class ChannelGates(Residual):
             return Scaling(2.0, (1.0,) * len(sites))
         return Scaling(1.0, tuple(float(index + 1) for index in range(1, len(sites) + 1)))
 
-    def site(self, index):
+    def site(self, index: int) -> Site:
         return ChannelGateSite(self.d_model, **self.keywords, draw=index if self.draw else None)
 
 
@@ -167,7 +171,7 @@ class HighwayOptions:
     options=HighwayOptions,
     fields=("gate_base_depth", "gate_base_bias"),
 )
-def _highway(config, options):
+def _highway(config: "GPTConfig", options: Any) -> Residual:
     bias = options.bias
     if bias is None:
         bias = -gate_bias_init(
@@ -191,7 +195,7 @@ class AdditiveHighwayOptions:
     "x <- x + g F(x), a gate per channel that reads the raw x",
     options=AdditiveHighwayOptions,
 )
-def _additive(config, options):
+def _additive(config: "GPTConfig", options: Any) -> Residual:
     return ChannelGates(
         config,
         convex=False,

@@ -39,16 +39,20 @@ parameter is owned where it is used: :math:`A_r` and B of sublayer l - 1 behind 
 The last site reads the sum of the streams and has no matrix for it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
 from ..ops import hyper
-from .base import Residual, Scaling, Site, write_nothing
+from .base import Gates, Residual, Scaling, Site, State, write_nothing
 from .registry import register
+
+if TYPE_CHECKING:
+    from ..config import GPTConfig
 
 Merge = Literal["sum", "mean"]
 
@@ -105,31 +109,31 @@ class HyperSite(Site):
         super().__init__()
         self.following, self.merge = following, merge
 
-    def write(self, layer_output, state):
+    def write(self, layer_output: Tensor, state: State) -> State:
         if self.following is None:
             return (hyper.write(layer_output, *state),)
         return self.forward(layer_output, state)[1]
 
-    def read(self, state):
+    def read(self, state: State) -> Tensor:
         if self.following is None:
             return hyper.merge(state[0], self.merge)
         return hyper.read(state[0], state[1][..., -1, :])
 
-    def send(self, layer_output, state):
+    def send(self, layer_output: Tensor, state: State) -> State:
         return (hyper.write(layer_output, *state),)
 
-    def receive(self, crossed):
+    def receive(self, crossed: State) -> tuple[Tensor, State]:
         h, coefficients = hyper.begin(*crossed, self.following.family, self.following.values())
         return h, (*crossed, coefficients)
 
-    def forward(self, layer_output, state):
+    def forward(self, layer_output: Tensor, state: State) -> tuple[Tensor, State]:
         if self.following is None:
             state = self.write(layer_output, state)
             return self.read(state), state
         h, *state = hyper.step(layer_output, *state, self.following.family, self.following.values())
         return h, tuple(state)
 
-    def gates(self, layer_output, state):
+    def gates(self, layer_output: Tensor, state: State) -> Gates:
         """``A_r [B, T, n, n]`` and ``B [B, T, n]`` of the write, ``A_m [B, T, n]`` of the read."""
         streams, coefficients = state
         carry, depth = coefficients[..., :-2, :], coefficients[..., -2, :]
@@ -138,17 +142,17 @@ class HyperSite(Site):
         new = hyper.mix_reference(layer_output, streams, carry, depth)
         return carry, depth, self.following.reference(new)[..., -1, :]
 
-    def mix(self, layer_output, state, gates):
+    def mix(self, layer_output: Tensor, state: State, gates: Gates) -> tuple[Tensor, State]:
         carry, depth = gates[:2]
         streams = carry.mT @ state[0] + depth.unsqueeze(-1) * layer_output.unsqueeze(-2)
         if self.following is None:
             return hyper.merge(streams, self.merge), (streams,)
         return mixed(streams, gates[2]), (streams,)
 
-    def streams(self, state):
+    def streams(self, state: State) -> tuple[Tensor, ...] | None:
         return state[0].unbind(-2)
 
-    def optimizer_group(self, name, parameter):
+    def optimizer_group(self, name: str, parameter: nn.Parameter) -> str:
         return decayed_group(self.following, name)
 
 
@@ -162,7 +166,7 @@ class HyperResidual(Residual):
 
     not_prenorm = None
 
-    def __init__(self, config, options):
+    def __init__(self, config: "GPTConfig", options: Any):
         super().__init__(config)
         self.d_model, self.n_streams, self.eps = config.d_model, config.n_streams, config.norm_eps
         self.n_sublayers, self.options = config.n_sublayers, options
@@ -172,31 +176,31 @@ class HyperResidual(Residual):
         """Those of sublayer ``sublayer``, counted from 0."""
         raise NotImplementedError
 
-    def begin(self, x):
+    def begin(self, x: Tensor) -> tuple[Tensor, State]:
         streams = copies(x, self.n_streams)
         h, coefficients = hyper.begin(streams, self.first.family, self.first.values())
         return h, (streams, coefficients)
 
-    def start_as_prenorm(self, sites):
+    def start_as_prenorm(self, sites: Sequence[Any]) -> Scaling:
         for coefficients in (self.first, *(site.following for site in sites[:-1])):
             coefficients.start_as_prenorm()
         return scaling_of_copies(self.n_streams, self.options.merge, len(sites))
 
-    def begin_gates(self, x):
+    def begin_gates(self, x: Tensor) -> Gates:
         return (self.first.reference(copies(x, self.n_streams))[..., -1, :],)
 
-    def begin_mix(self, x, gates):
+    def begin_mix(self, x: Tensor, gates: Gates) -> tuple[Tensor, State]:
         streams = copies(x, self.n_streams)
         return mixed(streams, gates[0]), (streams,)
 
-    def without(self, state, sites, first):
+    def without(self, state: State, sites: Sequence[Site], first: int) -> State | None:
         return write_nothing(sites, state, state[0][..., 0, :])
 
-    def site(self, index):
+    def site(self, index: int) -> Site:
         last = index == self.n_sublayers
         return HyperSite(None if last else self.coefficients(index), self.options.merge)
 
-    def optimizer_group(self, name, parameter):
+    def optimizer_group(self, name: str, parameter: nn.Parameter) -> str:
         return decayed_group(self.first, name)
 
 
@@ -247,39 +251,39 @@ class StaticSite(Site):
             (n,), 1 / n if self.merge == "mean" else 1.0, dtype=self.depth.dtype, device=like.device
         )
 
-    def write(self, layer_output, state):
+    def write(self, layer_output: Tensor, state: State) -> State:
         return self.forward(layer_output, state)[1]
 
-    def send(self, layer_output, state):
+    def send(self, layer_output: Tensor, state: State) -> State:
         dtype = hyper.compute_dtype(state[0].dtype)
         mixed = hyper.mix_reference(layer_output, state[0], self.carry.to(dtype), self.depth.to(dtype))
         return (mixed,)
 
-    def read(self, state):
+    def read(self, state: State) -> Tensor:
         return hyper.read(state[0], self._weights(state[0]).expand(state[0].shape[:-1]))
 
-    def forward(self, layer_output, state):
+    def forward(self, layer_output: Tensor, state: State) -> tuple[Tensor, State]:
         h, streams = hyper.static_step(
             layer_output, state[0], self.carry, self.depth, self._weights(state[0])
         )
         return h, (streams,)
 
-    def gates(self, layer_output, state):
+    def gates(self, layer_output: Tensor, state: State) -> Gates:
         """``A_r [B, T, n, n]``, ``B [B, T, n]`` and the read's weights ``[B, T, n]``: the same for every token."""
         streams = state[0]
         dtype = hyper.compute_dtype(streams.dtype)
         parts = self.carry, self.depth, self._weights(streams)
         return tuple(part.to(dtype).expand(*streams.shape[:-2], *part.shape) for part in parts)
 
-    def mix(self, layer_output, state, gates):
+    def mix(self, layer_output: Tensor, state: State, gates: Gates) -> tuple[Tensor, State]:
         carry, depth, weights = gates
         streams = carry.mT @ state[0] + depth.unsqueeze(-1) * layer_output.unsqueeze(-2)
         return mixed(streams, weights), (streams,)
 
-    def streams(self, state):
+    def streams(self, state: State) -> tuple[Tensor, ...] | None:
         return state[0].unbind(-2)
 
-    def optimizer_group(self, name, parameter):
+    def optimizer_group(self, name: str, parameter: nn.Parameter) -> str:
         return "adamw_no_decay"
 
 
@@ -295,7 +299,7 @@ class StaticOptions:
 class StaticHyperConnections(Residual):
     not_prenorm = None
 
-    def __init__(self, config, options):
+    def __init__(self, config: "GPTConfig", options: Any):
         super().__init__(config)
         self.n_streams, self.n_sublayers, self.options = config.n_streams, config.n_sublayers, options
         self.width = nn.Parameter(torch.empty(config.n_streams))
@@ -305,30 +309,30 @@ class StaticHyperConnections(Residual):
     def reset_parameters(self) -> None:
         self.width.copy_(identity_init(self.n_streams, 0, self.width)[:, 0])
 
-    def begin(self, x):
+    def begin(self, x: Tensor) -> tuple[Tensor, State]:
         streams = copies(x, self.n_streams)
         return hyper.read(streams, self.width.expand(streams.shape[:-1])), (streams,)
 
-    def start_as_prenorm(self, sites):
+    def start_as_prenorm(self, sites: Sequence[Any]) -> Scaling:
         for module in (self, *sites):
             module.reset_parameters()
         return scaling_of_copies(self.n_streams, self.options.merge, len(sites))
 
-    def begin_gates(self, x):
+    def begin_gates(self, x: Tensor) -> Gates:
         dtype = hyper.compute_dtype(x.dtype)
         return (self.width.to(dtype).expand(*x.shape[:-1], self.n_streams),)
 
-    def begin_mix(self, x, gates):
+    def begin_mix(self, x: Tensor, gates: Gates) -> tuple[Tensor, State]:
         streams = copies(x, self.n_streams)
         return mixed(streams, gates[0]), (streams,)
 
-    def without(self, state, sites, first):
+    def without(self, state: State, sites: Sequence[Site], first: int) -> State | None:
         return write_nothing(sites, state, state[0][..., 0, :])
 
-    def site(self, index):
+    def site(self, index: int) -> Site:
         return StaticSite(self.n_streams, index, index == self.n_sublayers, self.options.merge)
 
-    def optimizer_group(self, name, parameter):
+    def optimizer_group(self, name: str, parameter: nn.Parameter) -> str:
         return "adamw_no_decay"
 
 
@@ -348,7 +352,7 @@ class DynamicOptions:
     merge: Merge = "sum"
     """How the streams become the trunk's output: sum (paper) or mean."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.dynamic_scale == 0:
             raise UserError(
                 "residual hc: dynamic_scale must not be 0, got 0: projections and scales would both stay zero "

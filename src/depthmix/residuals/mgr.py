@@ -36,8 +36,9 @@ the streams stays as the run's precision has it.
 
 import math
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +48,11 @@ from ..errors import UserError, suggest
 from ..ops import reference
 from ..ops.inversion import Fallback
 from ..ops.mgr import mgr_step, step_values, steps_between_writes
-from .base import Residual, Scaling, Site
+from .base import Gates, Residual, Scaling, Site, State
 from .registry import register
+
+if TYPE_CHECKING:
+    from ..config import GPTConfig
 
 
 def gate_bias_init(
@@ -133,6 +137,7 @@ class MultiGateResidual(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
+        """Weights to zero, the bias to ``init_bias``."""
         for weight in (self.gate_weight, self.gate_bias, self.pool_weight, self.update_weight):
             if weight is not None:
                 weight.zero_()
@@ -152,9 +157,12 @@ class MultiGateResidual(nn.Module):
             )
         return functional.multi_gate_residual(layer_output, streams, **self._arguments())
 
-    def _arguments(self, norm: nn.Module | None = None) -> dict:
+    if TYPE_CHECKING:
+        __call__ = forward
+
+    def _arguments(self, norm: Any = None) -> dict[str, Any]:
         """What :func:`depthmix.functional.multi_gate_residual` takes besides tensors; with a norm, fused."""
-        arguments = dict(
+        arguments: dict[str, Any] = dict(
             gate_weight=self.gate_weight,
             gate_bias=self.gate_bias,
             pool_weight=self.pool_weight,
@@ -179,12 +187,17 @@ def _pool_weights(streams: Tensor, pool_weight: Tensor | None, scale: float | No
 
 def _pooled(streams: tuple[Tensor, ...], alpha: Tensor) -> Tensor:
     """``sum_i alpha_i s_i`` for streams ``[..., B, T, W]`` and ``alpha [B, T, n]``."""
-    return sum(alpha[..., i, None] * stream for i, stream in enumerate(streams))
+    total = alpha[..., 0, None] * streams[0]
+    for i, stream in enumerate(streams[1:], 1):
+        total = total + alpha[..., i, None] * stream
+    return total
 
 
 def _alternating(halves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Streams 1 .. n of the halves ``[..., n/2, D]`` that sublayers of even and of odd number write."""
-    return tuple(stream for pair in zip(*(half.unbind(-2) for half in halves), strict=True) for stream in pair)
+    return tuple(
+        stream for pair in zip(*(half.unbind(-2) for half in halves), strict=True) for stream in pair
+    )
 
 
 class StreamSite(Site):
@@ -194,15 +207,15 @@ class StreamSite(Site):
     received = ("pool_weight",)
     own_dtype = False
 
-    def step(self, layer_output: Tensor, state, norm: nn.Module | None = None):
+    def step(self, layer_output: Tensor, state: State, norm: Any = None) -> tuple[Tensor, State]:
         """:meth:`forward`, with what is read in the dtype of the streams."""
         raise NotImplementedError
 
-    def pool(self, state) -> Tensor:
+    def pool(self, state: State) -> Tensor:
         """:meth:`read`, in the dtype of the streams."""
         raise NotImplementedError
 
-    def forward(self, layer_output, state, norm=None):
+    def forward(self, layer_output: Tensor, state: State, norm: Any = None) -> tuple[Tensor, State]:
         dtype = self._read_dtype(layer_output.dtype)
         if dtype in (None, state[0].dtype):
             return self.step(layer_output, state, norm)
@@ -210,7 +223,7 @@ class StreamSite(Site):
         h = h.to(dtype)
         return h if norm is None else norm(h), state
 
-    def read(self, state):
+    def read(self, state: State) -> Tensor:
         h, dtype = self.pool(state), self._read_dtype(state[0].dtype)
         return h if dtype is None else h.to(dtype)
 
@@ -252,7 +265,7 @@ class RampSite(StreamSite):
         if self.pool_weight is not None:
             self.pool_weight.zero_()
 
-    def write(self, layer_output, state):
+    def write(self, layer_output: Tensor, state: State) -> State:
         streams = (*state, layer_output.to(state[0].dtype))
         if not self.complete:
             return streams
@@ -260,48 +273,48 @@ class RampSite(StreamSite):
             return torch.stack(streams[::2], -2), torch.stack(streams[1::2], -2)
         return (torch.stack(streams, -2),)
 
-    def pool(self, state, norm=None):
-        arguments = dict(scale=self.scale, eps=self.eps)
+    def pool(self, state: State, norm: Any = None) -> Tensor:
+        arguments: dict[str, Any] = dict(scale=self.scale, eps=self.eps)
         if norm is not None:
             arguments |= dict(norm_weight=norm.weight, norm_eps=norm.eps)
         if self.complete and not self.separate:
             return functional.attention_pool(state[0], self.pool_weight, **arguments)
         return functional.source_pool(self.streams(state), self.pool_weight, **arguments)
 
-    def step(self, layer_output, state, norm=None):
+    def step(self, layer_output: Tensor, state: State, norm: Any = None) -> tuple[Tensor, State]:
         state = self.write(layer_output, state)
         return self.pool(state, norm), state
 
-    def gates(self, layer_output, state):
+    def gates(self, layer_output: Tensor, state: State) -> Gates:
         streams = torch.stack([*state, layer_output.to(state[0].dtype)], -2)
         return (_pool_weights(streams, self.pool_weight, self.scale, self.eps),)
 
-    def mix(self, layer_output, state, gates):
+    def mix(self, layer_output: Tensor, state: State, gates: Gates) -> tuple[Tensor, State]:
         state = self.write(layer_output, state)
         return _pooled(self.streams(state), *gates), state
 
-    def streams(self, state):
+    def streams(self, state: State) -> tuple[Tensor, ...]:
         if not self.complete:
             return state
         return _alternating(state) if self.separate else state[0].unbind(-2)
 
 
-class LerpSite(StreamSite, MultiGateResidual):
+class LerpSite(StreamSite, MultiGateResidual):  # type: ignore[misc]  # a site has a state where the module has streams
     """State: ``(streams [B, T, n, D],)``. The backward pass finds the streams where autograd stored them."""
 
     gate_names = ("gate", "pool")
     convex = True
 
-    def write(self, layer_output, state):
+    def write(self, layer_output: Tensor, state: State) -> State:
         return self.step(layer_output, state)[1]
 
-    def send(self, layer_output, state):
+    def send(self, layer_output: Tensor, state: State) -> State:
         return self.write(layer_output, state)[:1]
 
-    def pool(self, state):
+    def pool(self, state: State) -> Tensor:
         return functional.attention_pool(state[0], self.pool_weight, scale=self.scale, eps=self.eps)
 
-    def step(self, layer_output, state, norm=None):
+    def step(self, layer_output: Tensor, state: State, norm: Any = None) -> tuple[Tensor, State]:
         h, streams = functional.multi_gate_residual(layer_output, state[0], **self._arguments(norm))
         return h, (streams,)
 
@@ -311,7 +324,7 @@ class LerpSite(StreamSite, MultiGateResidual):
         parameters = self.gate_weight, self.gate_bias, self.pool_weight, self.update_weight, None
         return mgr_step(layer_output, streams, *parameters, self.gate, scale, self.eps, self.eps)[2]
 
-    def gates(self, layer_output, state):
+    def gates(self, layer_output: Tensor, state: State) -> Gates:
         streams = state[0]
         scale = streams.shape[-1] ** -0.5 if self.scale is None else self.scale
         beta = reference.gate_values(
@@ -321,12 +334,12 @@ class LerpSite(StreamSite, MultiGateResidual):
         written = reference.lerp(layer_output, streams, beta)
         return beta, _pool_weights(written, self.pool_weight, self.scale, self.eps)
 
-    def mix(self, layer_output, state, gates):
+    def mix(self, layer_output: Tensor, state: State, gates: Gates) -> tuple[Tensor, State]:
         beta, alpha = gates
         streams = torch.lerp(state[0], layer_output.unsqueeze(-2), beta.unsqueeze(-1))
         return _pooled(streams.unbind(-2), alpha), (streams,)
 
-    def streams(self, state):
+    def streams(self, state: State) -> tuple[Tensor, ...]:
         return state[0].unbind(-2)
 
 
@@ -337,25 +350,25 @@ class ReplaySite(LerpSite):
     where they were not written; between windows ``(streams,)``. Without gradients this is a plain :class:`LerpSite`.
     """
 
-    def __init__(self, *args, place: int, last: bool, **kwargs):
+    def __init__(self, *args: Any, place: int, last: bool, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.place, self.last = place, last
         between = steps_between_writes(self.n_streams)
         self.since = place % between
         self.writes = last or self.since == between - 1
 
-    def write(self, layer_output, state):
+    def write(self, layer_output: Tensor, state: State) -> State:
         """Unlike :meth:`step` this always writes the streams: a read is to follow."""
         if not torch.is_grad_enabled():
             return super().write(layer_output, state)
         return self._step(layer_output, state, None, True)[1]
 
-    def step(self, layer_output, state, norm=None):
+    def step(self, layer_output: Tensor, state: State, norm: Any = None) -> tuple[Tensor, State]:
         if not torch.is_grad_enabled():
             return super().step(layer_output, state, norm)
         return self._step(layer_output, state, norm, self.writes)
 
-    def _step(self, layer_output, state, norm, write):
+    def _step(self, layer_output: Tensor, state: State, norm: Any, write: bool) -> tuple[Tensor, State]:
         streams, *window = state if self.place else (state[0],) * 3
         h, streams, beta = functional.multi_gate_window_step(
             layer_output, streams, tuple(window), self.since, write, **self._arguments(norm)
@@ -367,14 +380,14 @@ class ReplaySite(LerpSite):
             written = streams.detach()
         return h, (streams, written, *kept, layer_output.detach(), beta)
 
-    def gates(self, layer_output, state):
+    def gates(self, layer_output: Tensor, state: State) -> Gates:
         return super().gates(layer_output, _with_values(state, self.since))
 
-    def streams(self, state):
+    def streams(self, state: State) -> tuple[Tensor, ...]:
         return super().streams(_with_values(state, 0 if self.writes else self.since + 1))
 
 
-def _with_values(state, since: int):
+def _with_values(state: State, since: int) -> State:
     """``(streams,)`` for a state of a window, last written ``since`` steps ago."""
     if len(state) == 1:
         return state
@@ -390,7 +403,9 @@ class InversionSite(LerpSite):
     Without gradients this is a plain :class:`LerpSite`.
     """
 
-    def __init__(self, *args, fallback: Fallback, first: bool, last: bool, **kwargs):
+    _untraced: Callable[..., tuple[Tensor, State]]
+
+    def __init__(self, *args: Any, fallback: Fallback, first: bool, last: bool, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.fallback, self.first, self.last = fallback, first, last
         # Here and not where the class is made: it imports the compiler, which takes seconds.
@@ -398,12 +413,12 @@ class InversionSite(LerpSite):
             InversionSite._step, reason="what inversion keeps depends on the gates"
         )
 
-    def step(self, layer_output, state, norm=None):
+    def step(self, layer_output: Tensor, state: State, norm: Any = None) -> tuple[Tensor, State]:
         if not torch.is_grad_enabled():
             return super().step(layer_output, state, norm)
         return self._untraced(layer_output, state, norm)
 
-    def _step(self, layer_output, state, norm):
+    def _step(self, layer_output: Tensor, state: Any, norm: Any) -> tuple[Tensor, State]:
         if self.first:
             state = (*state, None, *functional.inversion_budget(state[0]))
         h, *state = functional.multi_gate_inversion_step(
@@ -412,57 +427,57 @@ class InversionSite(LerpSite):
         return h, tuple(state[:1] if self.last else state)
 
 
-class SeparateSite(StreamSite, MultiGateResidual):
+class SeparateSite(StreamSite, MultiGateResidual):  # type: ignore[misc]  # as LerpSite
     """A lerp into every second stream, read with all others (``separate_streams``).
 
     State: two halves ``[B, T, n/2, D]``, the streams that sublayers of even number write and those of odd number.
-    ``half``: which is this site's, 0 or 1. The inherited ``n_streams`` is that of the half.
+    ``side``: which is this site's, 0 or 1. The inherited ``n_streams`` is that of the half.
     """
 
     gate_names = ("gate", "pool")
     convex = True
 
-    def __init__(self, *args, half: int, **kwargs):
+    def __init__(self, *args: Any, side: int, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.half = half
-        self.gated_streams = tuple(range(half, 2 * self.n_streams, 2))
+        self.side = side
+        self.gated_streams = tuple(range(side, 2 * self.n_streams, 2))
 
-    def write(self, layer_output, state):
+    def write(self, layer_output: Tensor, state: State) -> State:
         # The op's own read, of this half alone, is not used.
         arguments = self._arguments() | {"pool_weight": None}
-        return self._put(functional.multi_gate_residual(layer_output, state[self.half], **arguments)[1], state)
+        return self._put(
+            functional.multi_gate_residual(layer_output, state[self.side], **arguments)[1], state
+        )
 
-    def _put(self, written: Tensor, state):
-        return (written, state[1]) if self.half == 0 else (state[0], written)
+    def _put(self, written: Tensor, state: State) -> State:
+        return (written, state[1]) if self.side == 0 else (state[0], written)
 
-    def pool(self, state, norm=None):
-        arguments = dict(scale=self.scale, eps=self.eps)
+    def pool(self, state: State, norm: Any = None) -> Tensor:
+        arguments: dict[str, Any] = dict(scale=self.scale, eps=self.eps)
         if norm is not None:
             arguments |= dict(norm_weight=norm.weight, norm_eps=norm.eps)
         return functional.source_pool(self.streams(state), self.pool_weight, **arguments)
 
-    def step(self, layer_output, state, norm=None):
+    def step(self, layer_output: Tensor, state: State, norm: Any = None) -> tuple[Tensor, State]:
         state = self.write(layer_output, state)
         return self.pool(state, norm), state
 
-    def gates(self, layer_output, state):
+    def gates(self, layer_output: Tensor, state: State) -> Gates:
         scale = layer_output.shape[-1] ** -0.5 if self.scale is None else self.scale
         beta = reference.gate_values(
-            layer_output, state[self.half], self.gate_weight, self.gate_bias, self.gate, self.update_weight,
+            layer_output, state[self.side], self.gate_weight, self.gate_bias, self.gate, self.update_weight,
             scale, self.eps,
         )  # fmt: skip
-        written = self._put(reference.lerp(layer_output, state[self.half], beta), state)
+        written = self._put(reference.lerp(layer_output, state[self.side], beta), state)
         alpha = _pool_weights(torch.stack(_alternating(written), -2), self.pool_weight, self.scale, self.eps)
         return beta, alpha
 
-    def mix(self, layer_output, state, gates):
+    def mix(self, layer_output: Tensor, state: State, gates: Gates) -> tuple[Tensor, State]:
         beta, alpha = gates
-        state = self._put(
-            torch.lerp(state[self.half], layer_output.unsqueeze(-2), beta.unsqueeze(-1)), state
-        )
+        state = self._put(torch.lerp(state[self.side], layer_output.unsqueeze(-2), beta.unsqueeze(-1)), state)
         return _pooled(self.streams(state), alpha), state
 
-    def streams(self, state):
+    def streams(self, state: State) -> tuple[Tensor, ...]:
         return _alternating(state)
 
 
@@ -472,9 +487,9 @@ class MultiGateResiduals(Residual):
     Raises ``UserError`` for options that do not go together with each other or with ``config``.
     """
 
-    not_prenorm = None
+    not_prenorm: str | None = None
 
-    def __init__(self, config, gate: str, options: "Options", update_gate: bool = False):
+    def __init__(self, config: "GPTConfig", gate: str, options: "Options", update_gate: bool = False):
         super().__init__(config)
         self.update_gate, self.separate = update_gate, options.separate_streams
         self.stream_dtype = _DTYPES[options.stream_dtype]
@@ -482,7 +497,7 @@ class MultiGateResiduals(Residual):
         if self.separate:
             _check_separate(config)
             self.not_prenorm = (
-                "both halves of the separate streams are read alike, while behind an MLP one half holds one output more"
+                "separate streams are read alike, while behind an MLP one half holds one output more"
             )
         bias = options.bias
         self.d_model, self.n_streams, self.gate = config.d_model, config.n_streams, gate
@@ -495,7 +510,7 @@ class MultiGateResiduals(Residual):
         )
         self.lerp_depth = config.n_sublayers - (self.n_streams - 1)
         self.n_gates = self.n_streams // 2 if self.separate else self.n_streams
-        self.init_bias = None
+        self.init_bias: float | None = None
         if self.lerp_depth >= 1:
             in_formula = 1 if gate == "independent" and config.independent_init == "sigmoid" else self.n_gates
             if bias is None:
@@ -513,10 +528,10 @@ class MultiGateResiduals(Residual):
                 stacklevel=2,
             )
 
-    def gate_summary(self) -> dict:
+    def gate_summary(self) -> dict[str, Any]:
         """Sublayers that append and that lerp, and what Eq. 14 gives for them."""
         ramp = min(self.n_streams - 1, self.n_sublayers)
-        summary = {"n_streams": self.n_streams, "ramp": ramp, "lerp": self.n_sublayers - ramp}
+        summary: dict[str, Any] = {"n_streams": self.n_streams, "ramp": ramp, "lerp": self.n_sublayers - ramp}
         if self.init_bias is not None:
             if self.gate == "competitive":
                 beta = 1 / (math.exp(self.init_bias) + self.n_gates)
@@ -525,15 +540,15 @@ class MultiGateResiduals(Residual):
             summary |= {"bias": self.init_bias, "initial_beta": beta}
         return summary
 
-    def begin(self, x):
+    def begin(self, x: Tensor) -> tuple[Tensor, State]:
         stream = x if self.stream_dtype is None else x.to(self.stream_dtype)
         return x, (stream.unsqueeze(-2) if self.n_streams == 1 else stream,)
 
-    def without(self, state, sites, first):
+    def without(self, state: State, sites: Sequence[Site], first: int) -> State | None:
         return None if first < self.n_streams else state  # the ramp's outputs are the streams
 
     @torch.no_grad()
-    def start_as_prenorm(self, sites):
+    def start_as_prenorm(self, sites: Sequence[Any]) -> Scaling:
         """Gates of 1 / (l + 1) and pools that are means: every read is the mean of embedding and outputs."""
         super().start_as_prenorm(sites)  # raises where there is no such start
         for index, site in enumerate(sites, start=1):
@@ -546,10 +561,10 @@ class MultiGateResiduals(Residual):
                     site.gate_bias.fill_(-math.log(index))
         return Scaling(1.0, tuple(float(index + 1) for index in range(1, len(sites) + 1)))
 
-    def unchanged(self, earlier, later):
+    def unchanged(self, earlier: int, later: int) -> int:
         return earlier + 1 if later + 1 < self.n_streams else 0  # in the ramp, streams are separate tensors
 
-    def site(self, index):
+    def site(self, index: int) -> Site:
         made = self._site(index)
         made.own_dtype = self.stream_dtype is not None
         if made.own_dtype and self.n_streams == 1 and self.cuts:
@@ -560,17 +575,18 @@ class MultiGateResiduals(Residual):
             )
         return made
 
-    def _site(self, index):
+    def _site(self, index: int) -> Any:
         pool = not (self.mean_at_the_end and index == self.n_sublayers)
         if index < self.n_streams:
             complete = index + 1 == self.n_streams
             return RampSite(
                 self.d_model, index + 1, complete, self.eps, self.scale, pool=pool, separate=self.separate
             )
-        arguments = (self.d_model, self.n_gates, self.gate, self.init_bias, self.eps)
-        keywords = {"update_gate": self.update_gate, "scale": self.scale, "pool": pool and self.n_streams > 1}
+        arguments: tuple[Any, ...] = (self.d_model, self.n_gates, self.gate, self.init_bias, self.eps)
+        keywords: dict[str, Any] = {"update_gate": self.update_gate, "scale": self.scale}
+        keywords["pool"] = pool and self.n_streams > 1
         if self.separate:
-            return SeparateSite(*arguments, **keywords, half=index % 2)
+            return SeparateSite(*arguments, **keywords, side=index % 2)
         # What is kept for the backward pass begins anew behind a cut and ends in front of one.
         first = max(self.n_streams, *(cut + 1 for cut in self.cuts if cut < index), 0)
         place, last = index - first, index in (*self.cuts, self.n_sublayers)
@@ -584,7 +600,7 @@ class MultiGateResiduals(Residual):
         return LerpSite(*arguments, **keywords)
 
 
-def _check_separate(config) -> None:
+def _check_separate(config: "GPTConfig") -> None:
     if config.n_streams % 2:
         raise UserError(
             f"residual {config.residual}: separate_streams divides the streams into two halves, so n_streams must be "
@@ -592,8 +608,8 @@ def _check_separate(config) -> None:
         )
     if config.stream_memory != "store":
         raise UserError(
-            f"residual {config.residual}: separate_streams reads halves that are written in turn, and needs both in the "
-            f"backward pass: stream_memory must be store, got {config.stream_memory}; set stream_memory=store"
+            f"residual {config.residual}: separate_streams reads halves that are written in turn, and needs both in "
+            f"the backward pass: stream_memory must be store, got {config.stream_memory}; set stream_memory=store"
         )
 
 
@@ -641,7 +657,7 @@ _FIELDS = (
     options=Options,
     fields=(*_FIELDS, "independent_init"),
 )
-def _independent(config, options):
+def _independent(config: "GPTConfig", options: Options) -> MultiGateResiduals:
     return MultiGateResiduals(config, "independent", options)
 
 
@@ -651,7 +667,7 @@ def _independent(config, options):
     options=Options,
     fields=_FIELDS,
 )
-def _competitive(config, options):
+def _competitive(config: "GPTConfig", options: Options) -> MultiGateResiduals:
     return MultiGateResiduals(config, "competitive", options)
 
 
@@ -661,5 +677,5 @@ def _competitive(config, options):
     options=ReviewGateOptions,
     fields=(*_FIELDS, "independent_init"),
 )
-def _review(config, options):
+def _review(config: "GPTConfig", options: ReviewGateOptions) -> MultiGateResiduals:
     return MultiGateResiduals(config, options.gate, options, update_gate=True)

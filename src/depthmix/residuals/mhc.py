@@ -52,6 +52,7 @@ With n = 1 every doubly stochastic matrix is 1: :math:`z_{res}` does not exist, 
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -60,6 +61,9 @@ from ..errors import UserError
 from ..ops import hyper
 from .hyper import Coefficients, HyperResidual, Merge
 from .registry import register
+
+if TYPE_CHECKING:
+    from ..config import GPTConfig
 
 LARGEST_LITE = 6
 
@@ -138,7 +142,7 @@ class ManifoldOptions:
     merge: Merge = "sum"
     """How the streams become the trunk's output: sum or mean."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.iterations < 1:
             raise UserError(f"residual mhc: iterations must be at least 1, got {self.iterations}")
         _check_alpha("mhc", self.alpha_init)
@@ -155,7 +159,7 @@ class LiteOptions:
     merge: Merge = "sum"
     """How the streams become the trunk's output: sum or mean."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_alpha("mhc-lite", self.alpha_init)
 
 
@@ -180,7 +184,7 @@ class ManifoldHyperConnections(HyperResidual):
     fields=("n_streams",),
 )
 class ManifoldHyperConnectionsLite(HyperResidual):
-    def __init__(self, config, options):
+    def __init__(self, config: "GPTConfig", options: Any):
         if config.n_streams > LARGEST_LITE:
             raise UserError(
                 f"mhc-lite weighs all n! permutations of n streams, so n_streams must be at most {LARGEST_LITE} "

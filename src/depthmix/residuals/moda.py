@@ -35,32 +35,37 @@ The matrices :math:`W_i` start as normal(0, .02), as the key and value rows of a
 those are Muon's.
 """
 
-from torch import nn
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
 
 from ..functional import extend_depth_memory
-from .base import Residual, Site
+from .base import Residual, Site, State
 from .prenorm import AddSite
 from .registry import register
+
+if TYPE_CHECKING:
+    from ..config import GPTConfig
 
 
 class LastSite(AddSite):
     """Behind the last attention or the last MLP: adds; nobody reads the depth memory any more."""
 
-    def depth_memory(self, state):
+    def depth_memory(self, state: State) -> tuple[Tensor, ...] | None:
         return state[1:]
 
-    def passing(self, state):
+    def passing(self, state: State) -> State:
         return ()
 
-    def remember(self, shown, state):
+    def remember(self, shown: tuple[Any, ...], state: State) -> State:
         return state
 
-    def send(self, layer_output, state):
+    def send(self, layer_output: Tensor, state: State) -> State:
         """Keys and values, oldest first, then x: the memory's token is for gradients inside of one process."""
         x, *memory = self.write(layer_output, state)
         return (*memory[1:], x)
 
-    def receive(self, crossed):
+    def receive(self, crossed: State) -> tuple[Tensor, State]:
         *sources, x = crossed
         memory = ()
         for key, value in zip(sources[::2], sources[1::2], strict=True):
@@ -71,10 +76,10 @@ class LastSite(AddSite):
 class AttentionSite(LastSite):
     """Behind an attention, whose own keys and values join the memory: state ``(x, *memory)``."""
 
-    def passing(self, state):
+    def passing(self, state: State) -> State:
         return state[1:]
 
-    def remember(self, shown, state):
+    def remember(self, shown: tuple[Any, ...], state: State) -> State:
         memory, key, value = shown
         return (state[0], *extend_depth_memory(memory, key, value))
 
@@ -88,15 +93,15 @@ class MLPSite(AttentionSite):
         # Rows are ordered head by head, as an attention's.
         self.kv = nn.Linear(config.d_model, 2 * config.attention_width, bias=False)
 
-    def remember(self, shown, state):
+    def remember(self, shown: tuple[Any, ...], state: State) -> State:
         (x,) = shown
         kv = self.kv(x).unflatten(-1, (-1, 2, self.head_dim))  # [B, T, H, 2, d]
         return (state[0], *extend_depth_memory(state[1:], *kv.transpose(1, 2).unbind(3)))
 
-    def drawn_weights(self):
+    def drawn_weights(self) -> tuple[nn.Parameter, ...]:
         return (self.kv.weight,)
 
-    def optimizer_group(self, name, parameter):
+    def optimizer_group(self, name: str, parameter: nn.Parameter) -> str:
         return "muon"
 
 
@@ -113,11 +118,11 @@ class MixtureOfDepthsAttention(Residual):
         "on them beyond its input, so what earlier outputs contribute is not a linear mixture of outputs"
     )
 
-    def __init__(self, config, options=None):
+    def __init__(self, config: "GPTConfig", options: Any = None):
         super().__init__(config)
         self.config = config
 
-    def unchanged(self, earlier, later):
+    def unchanged(self, earlier: int, later: int) -> int:
         return 2 * earlier  # every sublayer so far handed down a key and a value
 
     def site(self, index) -> Site:

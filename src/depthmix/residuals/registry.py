@@ -17,13 +17,16 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ..errors import UserError, suggest
 
 if TYPE_CHECKING:
     from ..config import GPTConfig
     from .base import Residual
+
+
+Factory = TypeVar("Factory", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,9 @@ class Entry:
 _REGISTRY: dict[str, Entry] = {}
 
 
-def register(name: str, summary: str, *, options: type = NoOptions, fields: tuple[str, ...] = ()):
+def register(
+    name: str, summary: str, *, options: type = NoOptions, fields: tuple[str, ...] = ()
+) -> Callable[[Factory], Factory]:
     """Class or function decorator: ``factory(config, options) -> Residual`` becomes available as ``name``.
 
     Args:
@@ -66,7 +71,7 @@ def register(name: str, summary: str, *, options: type = NoOptions, fields: tupl
         fields: the fields of ``GPTConfig`` that the connection reads and a spec may set.
     """
 
-    def add(factory):
+    def add(factory: Factory) -> Factory:
         assert name not in _REGISTRY, f"residual {name!r} registered twice"
         _REGISTRY[name] = Entry(name, summary, factory, options, fields)
         return factory
@@ -111,7 +116,7 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
     """
     name, *words = str(spec).split(":")
     entry = find(name)
-    values = {}
+    values: dict[str, Any] = {}
     for word in words:
         key, equals, text = word.partition("=")
         if not equals:
@@ -142,7 +147,7 @@ def split_values(name: str, values: Mapping[str, Any]) -> tuple[dict[str, Any], 
     )
 
 
-def make_options(name: str, values: Mapping[str, Any]):
+def make_options(name: str, values: Mapping[str, Any]) -> Any:
     """The options of connection ``name`` with ``values`` set; ``ValueError`` for what it cannot take."""
     entry = find(name)
     _, own = split_values(name, values)
@@ -173,13 +178,13 @@ def _valid(entry: Entry) -> str:
     return "Valid: " + ", ".join(f"{key} ({_say(hint)})" for key, hint in choices.items())
 
 
-def _alternatives(hint) -> tuple:
+def _alternatives(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
-def _say(hint) -> str:
+def _say(hint: Any) -> str:
     names = {int: "a whole number", float: "a number", bool: "true or false", type(None): "none"}
-    parts = []
+    parts: list[str] = []
     for kind in _alternatives(hint):
         if typing.get_origin(kind) is Literal:
             parts += map(str, typing.get_args(kind))
@@ -188,7 +193,7 @@ def _say(hint) -> str:
     return " or ".join(parts)
 
 
-def _fits(value, hint) -> bool:
+def _fits(value: Any, hint: Any) -> bool:
     for kind in _alternatives(hint):
         if typing.get_origin(kind) is Literal:
             fits = value in typing.get_args(kind)
@@ -203,7 +208,7 @@ def _fits(value, hint) -> bool:
     return False
 
 
-def _parse(entry: Entry, key: str, text: str):
+def _parse(entry: Entry, key: str, text: str) -> Any:
     choices = entry.choices()
     if key not in choices:
         raise UserError(f"residual {entry.name} has no option {key!r}. " + _valid(entry))
@@ -223,5 +228,5 @@ def _parse(entry: Entry, key: str, text: str):
     raise UserError(f"residual {entry.name}: {key} must be {_say(choices[key])}, got {text!r}")
 
 
-def _text(value) -> str:
+def _text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) or value is None else str(value)

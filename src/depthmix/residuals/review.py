@@ -38,9 +38,14 @@ size   D      blocks   gates    total    gates / total        gates / the rest
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+from .base import Residual
 from .highway import ChannelGates
 from .registry import register
+
+if TYPE_CHECKING:
+    from ..config import GPTConfig
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class ReviewOptions:
     "x <- x + r F(x), a gate per channel that reads x and F(x)",
     options=ReviewOptions,
 )
-def _review(config, options):
+def _review(config: "GPTConfig", options: Any) -> Residual:
     return ChannelGates(config, convex=False, see_update=True, normalise=True, bias=options.bias)
 
 
@@ -65,5 +70,5 @@ def _review(config, options):
     "x <- (1 - r) x + r F(x), a gate per channel that reads x and F(x)",
     options=ReviewOptions,
 )
-def _review_convex(config, options):
+def _review_convex(config: "GPTConfig", options: Any) -> Residual:
     return ChannelGates(config, convex=True, see_update=True, normalise=True, bias=options.bias)

@@ -22,13 +22,17 @@ end; the first two belong to no site. That makes 2 (L + 1) vectors ``[D]``, each
 """
 
 import math
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..functional import rms_norm
-from .base import Residual, Site
+from .base import Residual, Site, State
 from .registry import register
+
+if TYPE_CHECKING:
+    from ..config import GPTConfig
 
 
 class SiameseSite(Site):
@@ -51,16 +55,16 @@ class SiameseSite(Site):
         self.post_weight.fill_(1.0)
         self.pre_weight.fill_(1.0)
 
-    def write(self, layer_output, state):
+    def write(self, layer_output: Tensor, state: State) -> State:
         x, y = state
         z = layer_output.to(y.dtype)
         return rms_norm(torch.add(x, z, alpha=self.scale), self.post_weight, self.eps), y + z
 
-    def read(self, state):
+    def read(self, state: State) -> Tensor:
         x, y = state
         return x + rms_norm(y, self.pre_weight, self.eps)
 
-    def streams(self, state):
+    def streams(self, state: State) -> tuple[Tensor, ...] | None:
         return state
 
 
@@ -73,7 +77,7 @@ class SiameseNorm(Residual):
         "linear mixture of the embedding and earlier outputs"
     )
 
-    def __init__(self, config, options=None):
+    def __init__(self, config: "GPTConfig", options: Any = None):
         super().__init__(config)
         self.d_model, self.eps = config.d_model, config.norm_eps
         self.per_block = config.n_sublayers // config.n_layer
@@ -86,10 +90,10 @@ class SiameseNorm(Residual):
         self.post_weight.fill_(1.0)
         self.pre_weight.fill_(1.0)
 
-    def begin(self, embedding):
+    def begin(self, embedding: Tensor) -> tuple[Tensor, State]:
         x = rms_norm(embedding, self.post_weight, self.eps)
         return x + rms_norm(embedding, self.pre_weight, self.eps), (x, embedding)
 
-    def site(self, index):
+    def site(self, index: int) -> Site:
         through = -(-index // self.per_block) * self.per_block  # sublayers up to the end of the block
         return SiameseSite(self.d_model, 1 / math.sqrt(through), self.eps)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import cast
 
 from ..config import TrainConfig, from_dict
 from ..errors import EXIT_FAILED, RunError, UserError
@@ -76,6 +77,7 @@ def test_loss(folder: Path, tokens: int) -> dict:
     from ..data import eval_batches, open_dataset, prepare
     from ..device import find_device
     from ..info import forward_flops
+    from ..model import GPT
 
     checkpoint = latest_checkpoint(folder / "checkpoints")
     if checkpoint is None:
@@ -84,6 +86,7 @@ def test_loss(folder: Path, tokens: int) -> dict:
     device = find_device(config.device)
     model, _ = load_model(checkpoint, device, exact_gradients=False)
     dataset = open_dataset(prepare(config.data))
+    assert dataset.test is not None  # the command has looked
     began, total, count = time.monotonic(), torch.zeros((), dtype=torch.float64), 0
     rows = config.micro_batch or config.batch_size
     half = config.precision == "autocast"
@@ -98,7 +101,7 @@ def test_loss(folder: Path, tokens: int) -> dict:
         "test_tokens": count,
         "seconds": time.monotonic() - began,
         "data": {split: getattr(dataset, split).fingerprint for split in ("train", "val", "test")},
-        "flops_per_token": 3 * forward_flops(model),
+        "flops_per_token": 3 * forward_flops(cast(GPT, model)),
         "peak_flops": peak,
     }
 

@@ -36,27 +36,26 @@ def _figure(panels: int, height: float):
 
 def _compare(result: TableResult) -> bytes | None:
     """Difference of the test loss to the baseline with its 95 % interval; its course in training; the loss curves."""
-    rows = [row for row in result.rows if row.difference is not None and np.isfinite(row.difference.mean)]
+    rows = [(row, row.difference) for row in result.rows if row.difference is not None]
     if not rows:
         return None
-    names = [row.name for row in rows]
+    names = [row.name for row, _ in rows]
     styles = plots._style([*names, result.table.baseline], result.table.baseline, plots.INK)
     from matplotlib.ticker import MaxNLocator
 
     figure, (left, right, curves) = _figure(3, max(3.4, 1.6 + 0.3 * len(rows)))
-    for place, row in enumerate(reversed(rows)):
-        found, colour = row.difference, styles[row.name][0]
+    base = result.row(result.table.baseline).finished
+    for place, (row, found) in enumerate(reversed(rows)):
+        colour = styles[row.name][0]
         points = [
-            run["test_loss"] - result.row(result.table.baseline).finished[seed]["test_loss"]
-            for seed, run in row.finished.items()
-            if seed in result.row(result.table.baseline).finished
+            run["test_loss"] - base[seed]["test_loss"] for seed, run in row.finished.items() if seed in base
         ]
         left.plot(points, [place] * len(points), "|", color=colour, alpha=0.7, markersize=9)
-        if found.low is not None:
-            left.plot([found.low, found.high], [place, place], color=colour, linewidth=1.6)
+        if found.interval is not None:
+            left.plot(found.interval, [place, place], color=colour, linewidth=1.6)
         left.plot([found.mean], [place], "o", color=colour, markersize=6, markeredgecolor=plots.INK)
     left.axvline(0, color=plots.INK, linewidth=1)
-    left.set_yticks(range(len(rows)), [row.name for row in reversed(rows)])
+    left.set_yticks(range(len(rows)), [row.name for row, _ in reversed(rows)])
     left.set_xlabel(f"test loss minus that of {result.table.baseline} (nats)")
     left.set_ylim(-0.7, len(rows) - 0.3)
     left.xaxis.set_major_locator(MaxNLocator(5))
@@ -93,7 +92,7 @@ def _tune(result: TableResult) -> bytes | None:
     places = {point.name: place for place, point in enumerate(table.points)}
     figure, (axes,) = _figure(1, 3.4)
     styles = plots._style([row.name for row in table.rows], table.baseline, plots.INK)
-    drawn = []
+    drawn: list[float] = []
     for row in table.rows:
         found = [(places[r.point], *r.mean("val_loss")) for r in result.rows if r.name == row.name]
         found = [(x, y, error) for x, y, error in found if y is not None]
@@ -124,22 +123,24 @@ def _tune(result: TableResult) -> bytes | None:
 
 def _scaling(result: TableResult) -> bytes | None:
     """Left: loss against compute with each row's law. Right: over the baseline's law, which shows the differences."""
-    fits = [fit for fit in result.fits if fit.law is not None]
-    base = next((fit for fit in fits if fit.name == result.table.baseline), None)
-    if base is None:
+    fits = [(fit, fit.law) for fit in result.fits if fit.law is not None]
+    base, law_of_base = next(
+        ((fit, law) for fit, law in fits if fit.name == result.table.baseline), (None, None)
+    )
+    if base is None or law_of_base is None:
         return None
     figure, (left, right) = _figure(2, 3.6)
-    styles = plots._style([fit.name for fit in fits], result.table.baseline, plots.INK)
-    every = [x for fit in fits for x, *_ in fit.points]
+    styles = plots._style([fit.name for fit, _ in fits], result.table.baseline, plots.INK)
+    every = [x for fit, _ in fits for x, *_ in fit.points]
     grid = np.geomspace(min(every) / 1.2, max(every) * 1.2, 50)
-    for fit in fits:
+    for fit, law in fits:
         colour, line = styles[fit.name]
         x, y = np.array([point[0] for point in fit.points]), np.array([point[1] for point in fit.points])
         left.loglog(x, y, "o", color=colour, markersize=3, alpha=0.7)
-        left.loglog(grid, fit.law.loss(grid), color=colour, linestyle=line, linewidth=1.3, label=fit.name)
-        right.semilogx(x, y / base.law.loss(x) - 1, "o", color=colour, markersize=3, alpha=0.7)
+        left.loglog(grid, law.loss(grid), color=colour, linestyle=line, linewidth=1.3, label=fit.name)
+        right.semilogx(x, y / law_of_base.loss(x) - 1, "o", color=colour, markersize=3, alpha=0.7)
         right.semilogx(
-            grid, fit.law.loss(grid) / base.law.loss(grid) - 1, color=colour, linestyle=line, linewidth=1.3
+            grid, law.loss(grid) / law_of_base.loss(grid) - 1, color=colour, linestyle=line, linewidth=1.3
         )
     left.yaxis.set_major_formatter("{x:.2g}")
     left.yaxis.set_minor_formatter("{x:.3g}")

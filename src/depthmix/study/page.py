@@ -174,15 +174,14 @@ def _compare(result: TableResult) -> str:
             f"`{row.name}`", _seeds(row), "–" if parameters is None else f"{parameters:,.0f}",
             _number(row.mean("train_loss")), _number(row.mean("val_loss")), _number(row.mean("test_loss")),
             "–" if found is None else signed(found.mean) + (f" ± {found.error:.4f}" if found.error is not None else ""),
-            "–" if found is None or found.low is None else f"{signed(found.low)} to {signed(found.high)}",
+            "–" if found is None or found.interval is None else " to ".join(map(signed, found.interval)),
             _p(row.p),
         ]  # fmt: skip
         if alone:
             speed, memory = row.mean("tokens_per_s")[0], row.mean("peak_memory_bytes")[0]
             peak, saved = row.mean("peak_flops")[0], row.mean("saved_bytes_per_token")[0]
-            used = (
-                None if speed is None or peak is None else 100 * speed * row.mean("flops_per_token")[0] / peak
-            )
+            flops = row.mean("flops_per_token")[0]
+            used = None if speed is None or peak is None or flops is None else 100 * speed * flops / peak
             cells += [
                 "–" if speed is None else f"{speed:,.0f}",
                 "–" if used is None else f"{used:.1f}",
@@ -229,7 +228,7 @@ def _scaling(result: TableResult) -> str:
         elif more is None:
             cells.append("–")
         else:
-            interval = "" if more.low is None else f" ({more.low:.3f} to {more.high:.3f})"
+            interval = "" if more.interval is None else " ({:.3f} to {:.3f})".format(*more.interval)
             cells.append(f"{more.value:.3f}{interval}")
         lines.append([f"`{fit.name}`", *cells])
     return _markdown(head, lines) + (
@@ -253,7 +252,9 @@ def _say_compare(result: TableResult) -> list[str]:
         )
     for verdict in ("lower", "higher"):
         names = [
-            f"`{row.name}` ({signed(row.difference.mean)})" for row in result.rows if row.verdict == verdict
+            f"`{row.name}` ({signed(row.difference.mean)})"
+            for row in result.rows
+            if row.difference is not None and row.verdict == verdict
         ]
         if names:
             sentences.append(
@@ -293,13 +294,14 @@ def _say_scaling(result: TableResult) -> list[str]:
     sentences = []
     for fit in result.fits:
         more = fit.multiplier
-        if more is None or more.low is None:
+        if more is None or more.interval is None:
             continue
-        inside = more.low <= 1 <= more.high
+        low, high = more.interval
+        inside = low <= 1 <= high
         verdict = "which contains 1: no difference shown" if inside else "which does not contain 1"
         sentences.append(
             f"`{fit.name}`: `{result.table.baseline}` would need {more.value:.2f} times the compute for the same loss, "
-            f"interval {more.low:.2f} to {more.high:.2f}, {verdict}."
+            f"interval {low:.2f} to {high:.2f}, {verdict}."
         )
     return sentences
 

@@ -38,9 +38,10 @@ def best_points(study: Study, records: Mapping[str, Record]) -> dict[tuple[str, 
                 if use.row == row.name:
                     record = None if cell is None else records.get(cell.key)
                     losses[use.point].append(None if record is None else record["val_loss"] or float("inf"))
-            if any(None in values for values in losses.values()):
+            known = {name: [x for x in values if x is not None] for name, values in losses.items()}
+            if any(len(known[name]) < len(values) for name, values in losses.items()):
                 continue
-            means = {name: statistics.fmean(values) for name, values in losses.items()}
+            means = {name: statistics.fmean(values) for name, values in known.items()}
             name = min(means, key=means.__getitem__)
             if means[name] < float("inf"):
                 best[table.name, row.name] = next(point for point in table.points if point.name == name)
@@ -66,7 +67,7 @@ class StudyRunner(Runner):
         self.places, self.processes, self.keep, self.submit = places, processes, keep, submit
         self.tables = [table for table in study.tables if tables is None or table.name in tables]
         self.known: dict[str, Cell] = {}
-        self.at: dict[int, object] = {}
+        self.at: dict[int, subprocess.Popen | Submitted] = {}
         """Place -> the process that is there."""
         self.extend()
 
@@ -169,12 +170,12 @@ class Submitted:
     def wait(self, timeout: float | None = None) -> int:
         import time
 
-        end = None if timeout is None else time.monotonic() + timeout
-        while self.poll() is None:
-            if end is not None and time.monotonic() >= end:
+        began = time.monotonic()
+        while (status := self.poll()) is None:
+            if timeout is not None and time.monotonic() - began >= timeout:
                 raise subprocess.TimeoutExpired("job", timeout)
             time.sleep(0.05)
-        return self.returncode
+        return status
 
     def send_signal(self, number: int) -> None:
         self.job.cancel(check=False)

@@ -126,7 +126,9 @@ def record_of(cell: Cell, folder: Path, side_by_side: int) -> dict | None:
     }
 
 
-def curve(train: dict[str, np.ndarray], val: dict[str, np.ndarray]) -> dict[str, list[float]]:
+def curve(
+    train: dict[str, np.ndarray], val: dict[str, np.ndarray]
+) -> dict[str, list[int] | list[float | None]]:
     """The run's course: training loss as means over ``CURVE_POINTS`` equal parts, validation loss as it was."""
     steps, losses = train["step"], train["loss"]
     parts = [part for part in np.array_split(np.arange(losses.size), CURVE_POINTS) if part.size]

@@ -25,7 +25,7 @@ DRAWS = 20_000
 
 def _student():
     try:
-        from scipy.stats import t
+        from scipy.stats import t  # type: ignore[import-untyped]
     except ImportError as error:
         raise UserError(
             'a study\'s page needs scipy, which is not installed: pip install "depthmix[study]"'
@@ -41,9 +41,8 @@ class Paired:
     pairs: int
     error: float | None = None
     """Standard error of the mean."""
-    low: float | None = None
-    high: float | None = None
-    """Ends of the 95 % interval, not corrected for the number of comparisons."""
+    interval: tuple[float, float] | None = None
+    """Of 95 %, not corrected for the number of comparisons."""
     p: float | None = None
     """Two-sided, not corrected."""
 
@@ -63,7 +62,7 @@ def paired(differences: Sequence[float]) -> Paired | None:
         p = 1.0 if mean == 0 else 0.0
     else:
         p = float(2 * student.sf(abs(mean) / error, count - 1))
-    return Paired(mean, count, error, mean - reach, mean + reach, p)
+    return Paired(mean, count, error, (mean - reach, mean + reach), p)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -125,9 +124,8 @@ class Multiplier:
     """Compute with which the baseline reaches the same loss, over the row's own."""
 
     value: float
-    low: float | None
-    high: float | None
-    """Ends of the 95 % interval."""
+    interval: tuple[float, float] | None
+    """Of 95 %."""
 
 
 def compute_multiplier(
@@ -146,7 +144,7 @@ def compute_multiplier(
     share = float(np.mean([math.log(cb) - math.log(cr) for _, cb, _, cr in pairs]))
     value = math.exp(float(gains.mean()) / baseline.k + share)
     if len(pairs) < 2 or baseline.runs < 3:
-        return Multiplier(value, None, None)
+        return Multiplier(value, None)
     rng = np.random.default_rng(seed)
     error = float(gains.std(ddof=1)) / math.sqrt(len(pairs))
     mean = gains.mean() + error * rng.standard_t(len(pairs) - 1, DRAWS)
@@ -154,4 +152,4 @@ def compute_multiplier(
     kept = slope > 0
     draws = mean[kept] / slope[kept] + share
     low, high = np.exp(np.quantile(draws, [LEVEL / 2, 1 - LEVEL / 2]))
-    return Multiplier(value, float(low), float(high))
+    return Multiplier(value, (float(low), float(high)))
