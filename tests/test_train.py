@@ -303,7 +303,11 @@ def test_a_rate_of_the_connections_own_is_on_record_and_survives_a_resume(config
     train(config, tmp_path / "run", quiet=True, resume=True)
     assert lines(tmp_path / "run") == whole
     with pytest.raises(ValueError, match=r"connection_lr: 0.25 there, 1.0 asked for"):
-        train(changed(config, optim=dataclasses.replace(optim, connection_lr=1.0)), tmp_path / "run", resume=True)
+        train(
+            changed(config, optim=dataclasses.replace(optim, connection_lr=1.0)),
+            tmp_path / "run",
+            resume=True,
+        )
 
 
 def test_best_and_last_checkpoints_are_kept(config, tmp_path):

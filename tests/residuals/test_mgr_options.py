@@ -68,7 +68,7 @@ def pooled(streams, weight):
 
 
 def trunk(x, outputs, sites, n, gate, separate=False, dtype=torch.float64):
-    """``(inputs of sublayers 2 .. L and the output, streams behind each)``, streams rounded to ``dtype`` when written."""
+    """``(inputs of sublayers 2 .. L and the output, streams behind each)``; streams are rounded to ``dtype``."""
 
     def kept(stream):
         return stream.to(dtype).double()
@@ -315,7 +315,9 @@ def test_every_memory_keeps_the_dtype(precision, dtype):
         seen = []
         for block in model.blocks:
             for site in (block.attn_site, block.mlp_site):
-                site.register_forward_hook(lambda _, args, out: seen.append((out[0].dtype, out[1][0].dtype)))
+                site.register_forward_hook(
+                    lambda _, args, out, seen=seen: seen.append((out[0].dtype, out[1][0].dtype))
+                )
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
             found[memory] = gradients(model)
         read = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -380,7 +382,9 @@ def test_stages_compute_what_the_whole_does(options, precision):
     off = total = 0.0
     for name, p in whole.named_parameters():
         held = [dict(stage.named_parameters()).get(name) for stage in stages]
-        found = {id(q): q.grad for q in held if q is not None and q.grad is not None}  # the embedding is in both ends
+        found = {
+            id(q): q.grad for q in held if q is not None and q.grad is not None
+        }  # the embedding is in both ends
         (gradient,) = found.values()
         off += (gradient.double() - p.grad.double()).square().sum().item()
         total += p.grad.double().square().sum().item()

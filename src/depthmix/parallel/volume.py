@@ -14,8 +14,8 @@ wide together:
 ``moda``                                     D + 2 W l
 ===========================================  =================================================================
 
-and as much backwards, of gradients. Their dtype is that of the run (fp32 under autocast), of the streams of ``mgr-*`` the
-one that ``stream_dtype`` names. Each is written here as the *values* that cross, by name
+and as much backwards, of gradients. Their dtype is that of the run (fp32 under autocast), of the streams of ``mgr-*``
+the one that ``stream_dtype`` names. Each is written here as the *values* that cross, by name
 (:func:`crossing_values`), from the connection's equations and not from its code, so that counting what does cross tests
 both. With the interleaved schedule's cache, values that the receiving process has by the same name are not sent again.
 

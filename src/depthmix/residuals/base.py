@@ -69,8 +69,8 @@ class Site(nn.Module):
     """Where the values of ``"gate"`` lie; the few outside, where there can be any, are outliers."""
 
     gated_streams: tuple[int, ...] | None = None
-    """Which of :meth:`streams`, from 0, the values of ``"gate"`` belong to, the others being left as they are; ``None``:
-    all, or there are none."""
+    """Which of :meth:`streams`, from 0, the values of ``"gate"`` belong to, the others being left as they are;
+    ``None``: all, or there are none."""
 
     convex = False
     """Whether the gate also says what is forgotten: ``(1 - gate) old + gate new``."""

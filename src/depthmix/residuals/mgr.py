@@ -184,7 +184,9 @@ def _pooled(streams: tuple[Tensor, ...], alpha: Tensor) -> Tensor:
 
 def _alternating(halves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Streams 1 .. n of the halves ``[..., n/2, D]`` that sublayers of even and of odd number write."""
-    return tuple(stream for pair in zip(*(half.unbind(-2) for half in halves), strict=True) for stream in pair)
+    return tuple(
+        stream for pair in zip(*(half.unbind(-2) for half in halves), strict=True) for stream in pair
+    )
 
 
 class StreamSite(Site):
@@ -266,7 +268,8 @@ class RampSite(StreamSite):
             arguments |= dict(norm_weight=norm.weight, norm_eps=norm.eps)
         if self.complete and not self.separate:
             return functional.attention_pool(state[0], self.pool_weight, **arguments)
-        return functional.source_pool(self.streams(state), self.pool_weight, **arguments)
+        sources = _alternating(state) if self.complete else state
+        return functional.source_pool(sources, self.pool_weight, **arguments)
 
     def step(self, layer_output, state, norm=None):
         state = self.write(layer_output, state)
@@ -430,7 +433,9 @@ class SeparateSite(StreamSite, MultiGateResidual):
     def write(self, layer_output, state):
         # The op's own read, of this half alone, is not used.
         arguments = self._arguments() | {"pool_weight": None}
-        return self._put(functional.multi_gate_residual(layer_output, state[self.half], **arguments)[1], state)
+        return self._put(
+            functional.multi_gate_residual(layer_output, state[self.half], **arguments)[1], state
+        )
 
     def _put(self, written: Tensor, state):
         return (written, state[1]) if self.half == 0 else (state[0], written)
@@ -439,7 +444,7 @@ class SeparateSite(StreamSite, MultiGateResidual):
         arguments = dict(scale=self.scale, eps=self.eps)
         if norm is not None:
             arguments |= dict(norm_weight=norm.weight, norm_eps=norm.eps)
-        return functional.source_pool(self.streams(state), self.pool_weight, **arguments)
+        return functional.source_pool(_alternating(state), self.pool_weight, **arguments)
 
     def step(self, layer_output, state, norm=None):
         state = self.write(layer_output, state)
@@ -457,9 +462,7 @@ class SeparateSite(StreamSite, MultiGateResidual):
 
     def mix(self, layer_output, state, gates):
         beta, alpha = gates
-        state = self._put(
-            torch.lerp(state[self.half], layer_output.unsqueeze(-2), beta.unsqueeze(-1)), state
-        )
+        state = self._put(torch.lerp(state[self.half], layer_output.unsqueeze(-2), beta.unsqueeze(-1)), state)
         return _pooled(self.streams(state), alpha), state
 
     def streams(self, state):
@@ -481,9 +484,7 @@ class MultiGateResiduals(Residual):
         self.mean_at_the_end = options.last_read == "mean"
         if self.separate:
             _check_separate(config)
-            self.not_prenorm = (
-                "both halves of the separate streams are read alike, while behind an MLP one half holds one output more"
-            )
+            self.not_prenorm = "both halves of the separate streams are read alike, while behind an MLP one half holds one output more"
         bias = options.bias
         self.d_model, self.n_streams, self.gate = config.d_model, config.n_streams, gate
         self.eps = config.norm_eps
@@ -592,8 +593,8 @@ def _check_separate(config) -> None:
         )
     if config.stream_memory != "store":
         raise UserError(
-            f"residual {config.residual}: separate_streams reads halves that are written in turn, and needs both in the "
-            f"backward pass: stream_memory must be store, got {config.stream_memory}; set stream_memory=store"
+            f"residual {config.residual}: separate_streams reads halves that are written in turn, and needs both in "
+            f"the backward pass: stream_memory must be store, got {config.stream_memory}; set stream_memory=store"
         )
 
 

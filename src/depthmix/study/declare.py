@@ -49,8 +49,8 @@ from ..residuals import registry
 from ..train import MAY_CHANGE_ON_RESUME
 
 KINDS = ("compare", "tune", "scaling")
-# Fields that came after the first records. At these values a run is what it was without them, and keeps its key: whoever
-# adds a field to OptimConfig or an option to a connection enters it here, and never changes an entry.
+# Fields that came after the first records. At these values a run is what it was without them, and keeps its key:
+# whoever adds a field to OptimConfig or an option to a connection enters it here, and never changes an entry.
 SINCE_THE_FIRST_RECORDS: dict[str, dict[str, Any]] = {
     "optim": {"connection_lr": 1.0},
     "model.residual_options": {"stream_dtype": "model", "last_read": "pool", "separate_streams": False},
