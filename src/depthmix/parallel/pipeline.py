@@ -14,8 +14,8 @@ connection's state there and nothing else: for one token, in numbers,
 ``moda``                              D, and the keys and values of every sublayer so far
 ====================================  =====================================================================
 
-forwards, and as much backwards, in the dtype that the state has. What a connection keeps for its backward pass (anchors of
-replay, budgets of inversion) stays in its stage: a window begins behind a cut and ends in front of the next.
+forwards, and as much backwards, in the dtype that the state has. What a connection keeps for its backward pass (anchors
+of replay, budgets of inversion) stays in its stage: a window begins behind a cut and ends in front of the next.
 
 **Cache.** With the interleaved schedule a process runs several stages, the first of them on the same micro-batch
 earlier than the others. Sources it has seen there and that have not changed since (:meth:`Residual.unchanged`) are

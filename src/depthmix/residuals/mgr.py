@@ -484,7 +484,9 @@ class MultiGateResiduals(Residual):
         self.mean_at_the_end = options.last_read == "mean"
         if self.separate:
             _check_separate(config)
-            self.not_prenorm = "both halves of the separate streams are read alike, while behind an MLP one half holds one output more"
+            self.not_prenorm = (
+                "separate_streams reads both halves alike, and behind an MLP one holds one output more"
+            )
         bias = options.bias
         self.d_model, self.n_streams, self.gate = config.d_model, config.n_streams, gate
         self.eps = config.norm_eps
