@@ -263,7 +263,14 @@ def test_no_place_to_write_comes_in(copy, tmp_path_factory):
 # --- code -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("residual", available_residuals())
+@pytest.mark.parametrize(
+    "residual",
+    [
+        *available_residuals(),
+        "mgr-review:separate_streams=true:n_streams=2",
+        "mgr-competitive:stream_dtype=bf16:last_read=mean",
+    ],
+)
 def test_one_file_of_code(residual):
     """It compiles, every name in it is bound, and nothing of it is the package's."""
     code = model_code(GPTConfig(320, 4, 16, 2, 32, residual=residual))

@@ -10,7 +10,7 @@ no such thing at all::
     output_rms           [2L]  RMS of what it returns
     stream_rms           [2L][n]  RMS of each stream behind it; fewer streams while they are being appended
     gate_mean, gate_max  [2L]  over tokens and streams (or channels): how much of its output is admitted
-    gate_mean_stream     [2L][n]  the mean by stream, null where the sublayer writes others; not for gates per channel
+    gate_mean_stream     [2L][n]  the mean by stream, null of one not written; not there for gates per channel
     gate_range           [2]   where such gates lie
     pool_mean            [2L][k]  mean weight of each stream or source in what is read behind it
     gradient_rms         [L]   RMS of d loss / d parameter over all parameters of the block and its sites, in the step

@@ -78,6 +78,7 @@ PAIRS = [
     ("mhc-lite", "dp=2,pp=2,schedule=gpipe", {}),
     ("mgr-competitive", "fsdp=2,tp=2", {"connection_lr": 4.0}),
     ("hc", "dp=2,pp=2", {"connection_lr": 0.25}),
+    ("mgr-competitive:stream_dtype=bf16", "fsdp=2,pp=2", {}),
 ]
 
 
@@ -109,6 +110,11 @@ def test_steps_in_single_precision(in_single, number):
     case = {"steps": STEPS, "model": {"residual": spec, **memory}, "optim": rates}
     truth = steps.run_alone(case)
     off = steps.differences(in_single[str(number)], truth)
+    if "stream_dtype=bf16" in spec:
+        # Sums of fp32 in another order round some numbers of the streams the other way, and gradients are rounded at a
+        # cut: one process that adds up its micro-batches in another order is 3e-5 and 4e-4 from itself.
+        assert off["loss"] < 1e-4 and off["weights"] < 4e-3
+        return
     assert off["loss"] < 1e-5
     assert off["grad_norm"] < 1e-5
     limit = 1e-5

@@ -210,7 +210,7 @@ def test_separate_streams_refuse_what_they_cannot_do():
         with pytest.raises(UserError, match=f"got {memory}; set stream_memory=store"):
             build_residual(config(f"mgr-competitive:separate_streams=true:stream_memory={memory}"))
     sublayers = [torch.nn.Linear(D, D) for _ in range(6)]
-    with pytest.raises(UserError, match="cannot start as PreNorm: separate streams"):
+    with pytest.raises(UserError, match="cannot start as PreNorm: separate_streams"):
         depthmix.wrap(sublayers, "mgr-competitive" + SEPARATE, start="prenorm-scaled")
 
 

@@ -279,7 +279,8 @@ class RampSite(StreamSite):
             arguments |= dict(norm_weight=norm.weight, norm_eps=norm.eps)
         if self.complete and not self.separate:
             return functional.attention_pool(state[0], self.pool_weight, **arguments)
-        return functional.source_pool(self.streams(state), self.pool_weight, **arguments)
+        sources = _alternating(state) if self.complete else state
+        return functional.source_pool(sources, self.pool_weight, **arguments)
 
     def step(self, layer_output: Tensor, state: State, norm: Any = None) -> tuple[Tensor, State]:
         state = self.write(layer_output, state)
@@ -456,7 +457,7 @@ class SeparateSite(StreamSite, MultiGateResidual):  # type: ignore[misc]  # as L
         arguments: dict[str, Any] = dict(scale=self.scale, eps=self.eps)
         if norm is not None:
             arguments |= dict(norm_weight=norm.weight, norm_eps=norm.eps)
-        return functional.source_pool(self.streams(state), self.pool_weight, **arguments)
+        return functional.source_pool(_alternating(state), self.pool_weight, **arguments)
 
     def step(self, layer_output: Tensor, state: State, norm: Any = None) -> tuple[Tensor, State]:
         state = self.write(layer_output, state)
@@ -497,7 +498,7 @@ class MultiGateResiduals(Residual):
         if self.separate:
             _check_separate(config)
             self.not_prenorm = (
-                "separate streams are read alike, while behind an MLP one half holds one output more"
+                "separate_streams reads both halves alike, and behind an MLP one holds one output more"
             )
         bias = options.bias
         self.d_model, self.n_streams, self.gate = config.d_model, config.n_streams, gate

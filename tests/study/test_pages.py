@@ -1,0 +1,33 @@
+"""The pages of docs/results are those that their files make."""
+
+from pathlib import Path
+
+import pytest
+
+from depthmix.study import load, read_records
+from depthmix.study.page import page
+from depthmix.study.tables import tables_of
+
+ROOT = Path(__file__).parents[2]
+STUDIES = sorted((ROOT / "studies").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_page(path, monkeypatch):
+    """Text and tables to the letter; of the figures, that they are there (their bytes are matplotlib's)."""
+    monkeypatch.chdir(ROOT)
+    study = load(path)
+    assert study.page.relative_to(ROOT) == Path("docs/results") / f"{path.stem}.md"
+    records = read_records(study.results)
+    if not records:
+        assert not study.page.exists()
+        return
+    written = study.page.read_text(encoding="utf-8")
+    results = tables_of(study, records)
+    images = {result.table.name: f"img/{study.name}-{result.table.name}.png" for result in results}
+    figures = {name: image for name, image in images.items() if (study.page.parent / image).exists()}
+    assert figures and written == page(study, records, results, figures)
+    # Every line is a run of the study as its file is now.
+    best = {(result.table.name, row): point for result in results for row, point in result.best.items()}
+    keys = {cell.key for table in study.tables for _, cell in study.uses(table, best) if cell is not None}
+    assert set(records) <= keys
