@@ -74,11 +74,7 @@ def test_compute_multiplier_is_what_was_put_in():
     law = fit_power_law(compute, 9.0 * compute**-0.06)
     pairs = [(9.0 * c**-0.06, c, 9.0 * (1.25 * c) ** -0.06, c) for c in compute]
     found = compute_multiplier(pairs, law)
-    assert (
-        found.value == pytest.approx(1.25)
-        and found.low == pytest.approx(1.25)
-        and found.high == pytest.approx(1.25)
-    )
+    assert (found.value, *found.interval) == pytest.approx((1.25, 1.25, 1.25))
     # The same losses with a tenth more compute are worth as much less.
     dearer = [(lb, cb, lr, 1.1 * cr) for lb, cb, lr, cr in pairs]
     assert compute_multiplier(dearer, law).value == pytest.approx(1.25 / 1.1)
