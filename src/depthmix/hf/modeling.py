@@ -20,7 +20,7 @@ from transformers.utils import can_return_tuple
 
 from ..errors import UserError
 from ..functional import read_depth_memory
-from ..model import MLP, Attention, Block, RMSNorm
+from ..model import MLP, Attention, Block, RMSNorm, check_room
 from ..residuals import build_residual
 from .configuration import DepthmixConfig
 
@@ -223,6 +223,7 @@ class DepthmixModel(DepthmixPreTrainedModel):
         before = 0 if past_key_values is None else past_key_values.get_seq_length()
         if position_ids is None:
             position_ids = count_positions(attention_mask, before, T, x.device)
+        self._check_cache(past_key_values)
         self._check_context(before, T, position_ids)
         mask = create_causal_mask(
             config=self.config,
@@ -292,6 +293,18 @@ class DepthmixModel(DepthmixPreTrainedModel):
         if device.type != "meta" and torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         return tuple(table.float().to(dtype) for table in (angle.cos(), angle.sin()))
+
+    def _check_cache(self, cache: Cache | None) -> None:
+        """Raise ``ValueError`` for a cache of fixed size with room beyond the context, also before a graph is made.
+
+        What is behind the room of such a cache is refused by itself; within it, a graph could not tell where it is.
+        """
+        room = -1 if cache is None or not cache.is_compileable else cache.get_max_length()
+        if room > self.config.seq_len:
+            raise UserError(
+                f"a cache with room for {room} tokens does not fit the model's context of {self.config.seq_len}; make "
+                f"it with max_cache_len={self.config.seq_len} or less"
+            )
 
     def _check_context(self, before, tokens: int, position_ids: Tensor) -> None:
         """Raise ``ValueError`` where a token would stand behind the last place that the model was trained for."""
@@ -395,11 +408,4 @@ class DepthmixForCausalLM(DepthmixPreTrainedModel, GenerationMixin):
 
     def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length):
         super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
-        context = self.config.seq_len
-        # The last new token is not read again, hence the one.
-        if generation_config.max_length > context + 1:
-            raise UserError(
-                f"a prompt of {input_ids_length} tokens and {generation_config.max_length - input_ids_length} new ones "
-                f"do not fit the model's context of {context}; shorten the prompt, or generate at most "
-                f"{max(0, context + 1 - input_ids_length)} tokens"
-            )
+        check_room(input_ids_length, generation_config.max_length - input_ids_length, self.config.seq_len)
