@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from .model import GPT
 
 
+LONGEST = 512
+"""Tokens of a sequence of a model that others made; those of a run have its context."""
+
+
 @dataclass(frozen=True)
 class Map:
     """Draw mixing maps: how much of every earlier output each sublayer reads, side by side.
@@ -32,7 +36,8 @@ class Map:
     """
 
     runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN")] = ()
-    """Run folders (their best checkpoints are taken), checkpoint folders, or folders of comparisons."""
+    """Run folders (their best checkpoints are taken), checkpoint folders, folders of comparisons, or folders in which
+    a language model of depthmix.adapt was saved (with --data)."""
     residual: tuple[str, ...] = ()
     """Also the untrained models of these connections, on random tokens; commas or spaces between."""
     preset: str = "quick"
@@ -128,9 +133,30 @@ def _drawn(subjects) -> Iterator[Drawn]:
 
 
 def _trained(path: Path, data: tuple[str, ...], tokens: int, device) -> Subject:
+    from .diagnostics.command import is_huggingface
+
+    if is_huggingface(path):
+        return _adapted(path, data, tokens, device)
     run = open_run(path, device)
     ids = read_windows(run, data, run.config.model.seq_len, tokens)
     return Subject(run.name, spec(run.config.model), run.detail, run.model, ids)
+
+
+def _adapted(path: Path, data: tuple[str, ...], tokens: int, device) -> Subject:
+    from .adapters.subject import AdaptedSubject
+    from .diagnostics.huggingface import HuggingFaceSubject
+
+    if not data:
+        raise UserError("a model of Hugging Face comes without text; give --data")
+    found = HuggingFaceSubject.load(path, device)
+    if not isinstance(found, AdaptedSubject):
+        raise UserError(
+            f"it is a {type(found.module).__name__} with its own connection, PreNorm, whose map is all ones; "
+            f"depthmix.adapt gives it another"
+        )
+    length = min(found.max_length, LONGEST)
+    ids = found.windows(data, "text", length, -(-tokens // length) * length)
+    return Subject(found.name, found.residual, found.detail, found.module, ids)
 
 
 def save_run_map(run: Path, tokens: int = 2048) -> Path:

@@ -9,6 +9,7 @@ import torch
 
 from ..diagnostics.capture import watch_site
 from ..diagnostics.huggingface import HuggingFaceSubject, Parts
+from ..mixing import Trunk
 from ..residuals.registry import format_spec, parse_spec
 from ..wrapping import scaled
 from .blocks import SITES, MixedBlock
@@ -44,6 +45,53 @@ class AdaptedSubject(HuggingFaceSubject):
             self.hidden(torch.zeros(1, 1, dtype=torch.long, device=self.device))
         return next((value.shape[-2] for value in captured.values()), 0)
 
+    def trunk(self) -> Trunk:
+        """For :func:`depthmix.mixing_map`."""
+        model, blocks = self.module, self.blocks
+        sites = [site for index in range(self.n_layer) for site in self.sites(index)]
+        kinds = ["attn", "mlp"] if len(sites) == 2 * self.n_layer else ["block"]
+        return Trunk(
+            residual=parse_spec(self.residual)[0],
+            connection=self.connection,
+            sites=sites,
+            labels=tuple(f"{kind} {block}" for block in range(1, self.n_layer + 1) for kind in kinds),
+            d_model=self.d_model,
+            dtype=next(blocks.parameters()).dtype,
+            device=self.device,
+            vocab_size=model.get_input_embeddings().weight.shape[0],
+            run=self.hidden,
+            watch=self._watch_reads,
+            write=blocks[0].factors[0],
+            reads=tuple(factor for block in blocks for factor in block.factors[1:]),
+        )
+
+    def _watch_reads(self, embedded, read) -> list:
+        shape, handles = [], []
+
+        def entered(module, args, kwargs):
+            shape[:] = args[0].shape
+            embedded(args[0])
+
+        handles.append(self.blocks[0].register_forward_pre_hook(entered, with_kwargs=True))
+        if read is None:
+            return handles
+
+        def reads(module, args, kwargs):
+            x = args[0] if args else next(v for v in kwargs.values() if isinstance(v, torch.Tensor))
+            x = self._read_of_embedding(x) if module is self.blocks[0] else x
+            read((x[0] if isinstance(x, tuple) else x).view(shape))
+
+        for block, parts in zip(self.blocks, self._parts, strict=True):
+            for module in filter(None, (block, parts.middle)):
+                handles.append(module.register_forward_pre_hook(reads, with_kwargs=True))
+        last = self.blocks[-1]
+        handles.append(
+            last.register_forward_hook(
+                lambda module, args, out: read(out[0] if isinstance(out, tuple) else out)
+            )
+        )
+        return handles
+
     def without(self, index, carry):
         hidden, calls = carry
         first = 1 + sum(len(self.sites(i)) for i in range(index))
@@ -76,6 +124,9 @@ class AdaptedSubject(HuggingFaceSubject):
         """Behind attention (even) or MLP (odd); where they are in parallel, behind both, which is odd."""
         sites = self.sites(sublayer // 2)
         return sites[-1] if sublayer % 2 else sites[0] if len(sites) == 2 else None
+
+    def _read_of_embedding(self, x):
+        return self.connection.begin(x)[0]
 
     def _watch(self, index, wanted, take):
         handles = []

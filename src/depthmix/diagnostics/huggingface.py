@@ -173,6 +173,17 @@ class HuggingFaceSubject(Subject):
         first = self.tokenizer("a", verbose=False)["input_ids"][:1]
         return first[0] if first == [self.tokenizer.bos_token_id] else None
 
+    def windows(self, data: Sequence[str], text_field: str, length: int, tokens: int) -> Tensor:
+        """``[N, length]`` ids of at most ``tokens`` of the text in ``data``, each beginning as in training."""
+        from ..runs import encode, windows_of
+
+        ids = encode(data, text_field, self.encode, self.end_token, tokens)
+        start = self.start_token
+        if start is None:
+            return windows_of(ids, length)
+        texts = windows_of(ids, length - 1)
+        return torch.cat([torch.full((len(texts), 1), start), texts], 1)
+
     # Depth
 
     def hidden(self, ids):
@@ -234,10 +245,10 @@ class HuggingFaceSubject(Subject):
             # OPT computes with [B * T, D] inside of its blocks.
             show(name, value.reshape(shape))
 
-        def reads(module, name):
+        def reads(module, name, made=lambda x: x):
             if name in wanted:
                 hook = module.register_forward_pre_hook(
-                    lambda m, args, kwargs: give(name, _first(args, kwargs)), with_kwargs=True
+                    lambda m, args, kwargs: give(name, made(_first(args, kwargs))), with_kwargs=True
                 )
                 handles.append(hook)
 
@@ -253,7 +264,7 @@ class HuggingFaceSubject(Subject):
             reads(self.blocks[0], "hook_embed")
             for i, (block, parts) in enumerate(zip(self.blocks, self._parts, strict=True)):
                 prefix = f"blocks.{i}.hook_"
-                reads(block, prefix + "resid_pre")
+                reads(block, prefix + "resid_pre", self._read_of_embedding if i == 0 else lambda x: x)
                 writes(parts.attention, prefix + "attn_out")
                 if parts.middle is not None:
                     reads(parts.middle, prefix + "resid_mid")
@@ -264,6 +275,10 @@ class HuggingFaceSubject(Subject):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _read_of_embedding(self, x: Tensor) -> Tensor:
+        """What block 0 reads of what enters it."""
+        return x
 
     def _watch(self, index: int, wanted: set[str], take) -> list:
         """Hooks for more points of block ``index``."""

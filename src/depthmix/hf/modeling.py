@@ -221,10 +221,11 @@ class DepthmixModel(DepthmixPreTrainedModel):
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
         T = x.shape[1]
         before = 0 if past_key_values is None else past_key_values.get_seq_length()
+        every_token_counts = position_ids is None and attention_mask is None
         if position_ids is None:
             position_ids = count_positions(attention_mask, before, T, x.device)
         self._check_cache(past_key_values)
-        self._check_context(before, T, position_ids)
+        self._check_context(before, T, position_ids, every_token_counts)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=x,
@@ -306,17 +307,24 @@ class DepthmixModel(DepthmixPreTrainedModel):
                 f"it with max_cache_len={self.config.seq_len} or less"
             )
 
-    def _check_context(self, before, tokens: int, position_ids: Tensor) -> None:
-        """Raise ``ValueError`` where a token would stand behind the last place that the model was trained for."""
-        if torch.compiler.is_compiling() or position_ids.is_meta:
-            return
+    def _check_context(self, before, tokens: int, position_ids: Tensor, every_token_counts: bool) -> None:
+        """Raise ``ValueError`` where a token would stand behind the last place that the model was trained for.
+
+        While a graph is made, by what is known without looking at values: lengths, where no padding is left out.
+        """
         context = self.config.seq_len
         # The length of a static cache is a tensor, on a device that one would have to wait for.
         if not isinstance(before, Tensor) and before + tokens <= context:
             return
-        if isinstance(before, Tensor) and before.device.type != "cpu" and tokens == 1:
+        if torch.compiler.is_compiling() or position_ids.is_meta:
+            if isinstance(before, Tensor) or not every_token_counts:
+                return
+            end = before + tokens
+        elif isinstance(before, Tensor) and before.device.type != "cpu" and tokens == 1:
             return
-        if (end := int(position_ids.max()) + 1) > context:
+        else:
+            end = int(position_ids.max()) + 1
+        if end > context:
             raise UserError(
                 f"{end} tokens do not fit the model's context of {context}; shorten the text, or let the tokenizer "
                 f"cut it (truncation=True)"

@@ -5,7 +5,8 @@ Left alone, the server finds out while it generates: a client is told 500, or re
 a small context. Here a request is looked at before anything is computed:
 
 - the server's own number of new tokens is lowered to what the context has room for;
-- a prompt, or a number that the client named, for which there is no room is answered with 400 and the model's message;
+- a prompt, or a number that the client named, for which there is no room is answered with 400 and the model's message,
+  in the form in which clients of OpenAI read it;
 - so is a chat with a model that has no chat template, as base models have none.
 
 The context is known of depthmix models; other models are served as ever.
@@ -13,7 +14,7 @@ The context is known of depthmix models; other models are served as ever.
 
 import inspect
 
-from fastapi import HTTPException
+from fastapi.responses import JSONResponse
 from transformers.cli.serving import chat_completion, completion, response
 
 from ..errors import UserError
@@ -34,11 +35,17 @@ class Checked:
     converses: bool
     """Whether requests are conversations, and no plain text."""
 
+    async def handle_request(self, body, request_id):
+        try:
+            return await super().handle_request(body, request_id)
+        except UserError as error:
+            told = {"message": str(error), "type": "invalid_request_error", "param": None, "code": None}
+            return JSONResponse({"error": told}, 400)
+
     def _resolve_model(self, body):
         model_id, model, processor = super()._resolve_model(body)
         if self.converses and getattr(processor, "chat_template", None) is None:
-            raise HTTPException(
-                400,
+            raise UserError(
                 f"{model_id} has no chat template: it continues text and was not made for a conversation; ask "
                 f"/v1/completions with a prompt",
             )
@@ -48,9 +55,9 @@ class Checked:
         try:
             config = super()._build_generation_config(body, *args, **kwargs)
         except (TypeError, ValueError) as error:
-            raise HTTPException(400, str(error)) from error
+            raise UserError(str(error)) from error
         if config.max_new_tokens is not None and config.max_new_tokens < 1:
-            raise HTTPException(400, f"at least 1 new token must be asked for, got {config.max_new_tokens}")
+            raise UserError(f"at least 1 new token must be asked for, got {config.max_new_tokens}")
         if all(body.get(name) is None for name in NUMBERS):
             config.max_new_tokens = Unasked(config.max_new_tokens)
         return config
@@ -70,17 +77,14 @@ def _arguments(method, args, kwargs) -> dict:
 
 
 def fit(model, inputs, gen_config) -> None:
-    """Lower a number that no client named to what fits. Raises ``HTTPException`` where nothing does, or too little."""
+    """Lower a number that no client named to what fits. Raises ``UserError`` where nothing does, or too little."""
     if not isinstance(model.config, DepthmixConfig):
         return
     ids, context = inputs["input_ids"], model.config.seq_len
     prompt, new = len(ids) if isinstance(ids, list) else ids.shape[-1], gen_config.max_new_tokens
     if isinstance(new, Unasked):
         new = gen_config.max_new_tokens = max(1, min(int(new), context + 1 - prompt))
-    try:
-        check_room(prompt, new or 1, context)
-    except UserError as error:
-        raise HTTPException(400, str(error)) from error
+    check_room(prompt, new or 1, context)
 
 
 def install() -> None:
