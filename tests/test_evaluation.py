@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from depthmix import GPT, GPTConfig, cli
 from depthmix.data.tokenizers import ByteTokenizer
 from depthmix.errors import UserError
-from depthmix.evaluation import perplexity, score
+from depthmix.evaluation import perplexity, progress, score
+from depthmix.evaluation.command import Documents
 from depthmix.evaluation.score import windows
 
 CONTEXT = 12
@@ -79,6 +80,41 @@ def test_perplexity_is_that_of_single_tokens(model, context, stride):
     assert values["loss"] == pytest.approx(total / size, rel=1e-6)
 
 
+def test_the_first_tokens_are_a_text_of_their_own(model):
+    """Also where the cut goes through a character; what is behind it is not even read."""
+    tokenizer, raw = ByteTokenizer(), TEXT.encode()
+    cut = TEXT.encode().index("ö".encode()) + 1
+
+    def texts():
+        yield "ab"
+        yield TEXT
+        raise AssertionError("read too far")
+
+    told = []
+    found = perplexity(
+        model, tokenizer, texts(), tokens=cut + 2, batch_size=3, told=lambda *done: told.append(done)
+    )
+
+    class Raw(ByteTokenizer):
+        def encode_array(self, text):
+            return np.frombuffer(text.encode("latin1"), np.uint8)
+
+    whole = perplexity(model, Raw(), ["ab", raw[:cut].decode("latin1")], batch_size=3)
+    assert found.nats == pytest.approx(whole.nats, rel=1e-12)
+    assert (found.documents, found.tokens, found.bytes, found.limit) == (2, cut + 2, cut + 2, cut + 2)
+    assert found.words == 1 + len(raw[:cut].split())
+    assert [tokens for tokens, _ in told] == sorted({tokens for tokens, _ in told})
+    assert told[-1] == (cut + 2, pytest.approx(cut + 2))
+    short = perplexity(model, tokenizer, ["ab", "c"], tokens=100)
+    assert (short.tokens, short.nats) == (3, perplexity(model, tokenizer, ["ab", "c"]).nats)
+
+
+def test_logits_in_parts(model, monkeypatch):
+    expected = perplexity(model, ByteTokenizer(), [TEXT])
+    monkeypatch.setattr(sys.modules[windows.__module__], "LOGITS_AT_ONCE", 320 * 5)
+    assert perplexity(model, ByteTokenizer(), [TEXT]).nats == pytest.approx(expected.nats, rel=1e-6)
+
+
 def test_bits_per_byte_compare_tokenizers():
     """A model of pairs of letters and one of letters that give the text the same probability: the same bits a byte."""
 
@@ -88,8 +124,8 @@ def test_bits_per_byte_compare_tokenizers():
             self.embed = torch.nn.Embedding(rows, 1)
             self.config = GPTConfig(rows, 1, 8, 1, 4, residual="prenorm")
 
-        def forward(self, ids):
-            return torch.zeros(*ids.shape, self.embed.num_embeddings)
+        def hidden(self, ids):
+            return torch.zeros(*ids.shape, 1)
 
     class Pairs(ByteTokenizer):
         def encode_array(self, text):
@@ -156,6 +192,24 @@ def test_half_precision_is_scored_in_single(model):
     assert found.tolist() == expected.double().tolist()
 
 
+def test_share_of_the_text(tmp_path):
+    """Of files of which one is read in pieces; the end is the whole."""
+    (tmp_path / "a.txt").write_text("x" * 3_000_000)
+    lines = [f'{{"text": "{letter * 600_000}"}}\n' for letter in "abcdef"]
+    (tmp_path / "b.jsonl").write_text("".join(lines))
+    texts = Documents((str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")), "text")
+    assert texts.share(0) == 0
+    shares, done = [], 0
+    for text in texts:
+        done += len(text)
+        shares.append(texts.share(done))
+    assert len(shares) == 7
+    expected = [(3e6 + 6e5 * i) / 6.6e6 for i in range(7)]
+    # What is behind the piece that is read is guessed.
+    assert shares == pytest.approx(expected, abs=0.2) and shares == sorted(shares)
+    assert shares[-1] == pytest.approx(1, abs=1e-3)
+
+
 # ---- command line -------------------------------------------------------------------------------
 
 
@@ -188,6 +242,23 @@ def test_command(trained, tmp_path, capsys):
     assert (tmp_path / "made/here.json").exists()
 
 
+def test_progress_and_the_first_tokens(trained, tmp_path, capsys, monkeypatch):
+    """A line now and then on standard error; standard output is the same with and without."""
+    (tmp_path / "a.txt").write_text(TEXT * 50)
+    words = ["eval", str(trained / "prenorm"), "--text", str(tmp_path / "a.txt"), "--device", "cpu"]
+    words += ["--out", str(tmp_path / "out.json"), "--tokens", "1000"]
+    assert cli.main(words) == 0
+    quiet = capsys.readouterr()
+    assert quiet.err == "" and json.loads((tmp_path / "out.json").read_text())["text"]["tokens"] == 1000
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    assert cli.main(words) == 0
+    told = capsys.readouterr()
+    assert told.out == quiet.out
+    lines = told.err.splitlines()
+    assert len(lines) > 1 and lines[-1].startswith("text: 100.0%, 1,000 tokens, ")
+    assert lines[-1].endswith("tokens/s, 0:00:00 left")
+
+
 def test_wrong_requests(trained, tmp_path, capsys, monkeypatch):
     run = str(trained / "prenorm")
     (tmp_path / "bad.md").write_bytes(b"caf\xe9")
@@ -202,6 +273,7 @@ def test_wrong_requests(trained, tmp_path, capsys, monkeypatch):
         ),
         (["--tasks", "continuation", "--limit", "0"], "--limit must not be that small"),
         (["--text", str(tmp_path / "good.md"), "--batch-size", "0"], "--batch-size must be at least 1"),
+        (["--text", str(tmp_path / "good.md"), "--tokens", "0"], "--tokens must not be that small: 0"),
     ):
         assert cli.main(["eval", run, *words, "--device", "cpu"]) == 2
         assert message in capsys.readouterr().err

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from depthmix import GPT, GPTConfig
+from depthmix.errors import UserError
 from depthmix.generation import filter_logits, generate
+from depthmix.model import KVCache
 
 
 @pytest.fixture(scope="module", params=["prenorm", "mgr-independent", "mgr-competitive"])
@@ -96,13 +98,27 @@ def test_one_graph_serves_all_tokens(model):
     torch._dynamo.reset()
     prompts = [torch.randint(0, 50, (length,)) for length in (9, 1, 4)]
     counter = CompileCounter()
-    found = tokens(model, prompts, 20, temperature=0, compile=counter)
-    assert torch.equal(found, tokens(model, prompts, 20, temperature=0))
+    found = tokens(model, prompts, 32, temperature=0, compile=counter)  # to the last place of the context
+    assert torch.equal(found, tokens(model, prompts, 32, temperature=0))
     assert counter.frame_count == 1
-    one = tokens(model, prompts[0][None], 20, temperature=0, compile="eager")
+    one = tokens(model, prompts[0][None], 32, temperature=0, compile="eager")
     assert torch.equal(one[0], found[0])
     with pytest.raises(ValueError, match="compile is for tokens read from a cache"):
         generate(model, prompts, 3, use_cache=False, compile="eager")
+
+
+def test_no_graph_goes_beyond_the_context(model):
+    def backend(graph, examples):
+        raise AssertionError("compiled")
+
+    prompts = [torch.randint(0, 50, (length,)) for length in (9, 1)]
+    with pytest.raises(
+        UserError, match="prompt of 9 tokens and 33 new ones do not fit the model's context of 40"
+    ):
+        generate(model, prompts, 33, compile=backend)
+    KVCache.empty(model.config, 1, 41)  # its length is known, and refused when it comes to that
+    with pytest.raises(UserError, match="room for 41 tokens does not fit the model's context of 40"):
+        KVCache.empty(model.config, 1, 41, fixed=True)
 
 
 @pytest.mark.parametrize("options", [dict(temperature=0), dict(temperature=0, use_cache=False)])

@@ -24,8 +24,26 @@ def _need(ok: bool, message: str) -> None:
         raise UserError(message)
 
 
+class AttentionSizes:
+    """What follows from ``d_model``, ``n_head`` and ``head_size`` of a configuration."""
+
+    d_model: int
+    n_head: int
+    head_size: int | None
+
+    @property
+    def head_dim(self) -> int:
+        """Features of one attention head: ``head_size``, or what ``d_model`` leaves for it."""
+        return self.d_model // self.n_head if self.head_size is None else self.head_size
+
+    @property
+    def attention_width(self) -> int:
+        """Features of all heads together, inside attention; ``d_model`` unless ``head_size`` is set."""
+        return self.n_head * self.head_dim
+
+
 @dataclass(frozen=True)
-class GPTConfig:
+class GPTConfig(AttentionSizes):
     """The network: a GPT with RoPE, ReLU^2 MLP, RMSNorm and tied embeddings (paper, Appendix B)."""
 
     vocab_size: int
@@ -136,16 +154,6 @@ class GPTConfig:
     def n_sublayers(self) -> int:
         """L: attentions plus MLPs."""
         return 2 * self.n_layer
-
-    @property
-    def head_dim(self) -> int:
-        """Features of one attention head: ``head_size``, or what ``d_model`` leaves for it."""
-        return self.d_model // self.n_head if self.head_size is None else self.head_size
-
-    @property
-    def attention_width(self) -> int:
-        """Features of all heads together, inside attention; ``d_model`` unless ``head_size`` is set."""
-        return self.n_head * self.head_dim
 
     @property
     def label(self) -> str:

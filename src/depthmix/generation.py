@@ -4,14 +4,15 @@ A residual connection mixes over depth within one token, so Multi-Gate Residuals
 beyond PreNorm's.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import UserError
-from .model import GPT, KVCache
+from .model import GPT, KVCache, check_room
 
 
 def filter_logits(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
@@ -30,6 +31,87 @@ def filter_logits(logits: Tensor, temperature: float, top_k: int | None, top_p: 
         values = values.masked_fill(before >= top_p, float("-inf"))
         logits = torch.empty_like(logits).scatter(-1, order, values)
     return logits
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn; fields as the arguments of :func:`generate`.
+
+    Raises ``UserError`` for a value out of range.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    vocab_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise UserError(f"temperature must not be negative, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k must be at least 1, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+
+    def draw(self, logits: Tensor, generator: torch.Generator) -> Tensor:
+        """``[B, V]`` logits -> ``[B]`` ids."""
+        logits = logits[:, : self.vocab_size]
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        probability = filter_logits(logits, self.temperature, self.top_k, self.top_p).softmax(-1)
+        return torch.multinomial(probability, 1, generator=generator).squeeze(1)
+
+
+class Reader:
+    """The model behind prompts: takes tokens, gives logits of the next.
+
+    Args:
+        ids: prompts, ``[B, T]``.
+        padding: ``[B]``, tokens in front of each that are none; or ``None``.
+        room: tokens of a sequence that are read, at most.
+        use_cache, compile: as in :func:`generate`.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        ids: Tensor,
+        padding: Tensor | None,
+        room: int,
+        *,
+        use_cache: bool = True,
+        compile: str | None = None,
+    ):
+        device = model.embed.weight.device
+        self.model, self.use_cache, self.compile, self.room = model, use_cache, compile, room
+        self.unread = ids.to(device)
+        self.padding = None if padding is None else padding.to(device)
+        self.cache = self._empty_cache() if use_cache else None
+        self._step = self._last
+
+    def _empty_cache(self) -> KVCache:
+        weight, fixed = self.model.embed.weight, self.compile is not None
+        return KVCache.empty(
+            self.model.config, len(self.unread), self.room, weight.device, weight.dtype, self.padding, fixed
+        )
+
+    def logits(self) -> Tensor:
+        """``[B, V]`` behind all tokens taken so far."""
+        if not self.use_cache:
+            self.cache = None if self.padding is None else self._empty_cache()  # padding is a cache's
+        logits = self._step(self.unread, self.cache)
+        if self.compile is not None and self._step == self._last:  # what follows is one token at a time
+            compiled = torch.compile(self.model, backend=self.compile, fullgraph=True)
+            self._step = lambda ids, cache: compiled(ids, cache=cache)[:, -1]
+        return logits
+
+    def _last(self, ids: Tensor, cache: KVCache | None) -> Tensor:
+        return F.linear(self.model.hidden(ids, cache)[:, -1], self.model.embed.weight)
+
+    def take(self, token: Tensor) -> None:
+        """``[B]``: what comes next."""
+        token = token.unsqueeze(1)
+        self.unread = token if self.use_cache else torch.cat([self.unread, token], 1)
 
 
 @torch.inference_mode()
@@ -71,34 +153,13 @@ def generate(
         ids, padding = side_by_side(ids)
     if ids.dim() != 2 or ids.shape[1] < 1:
         raise UserError(f"ids must have shape [B, T] with T >= 1, got {list(ids.shape)}")
-    if temperature < 0:
-        raise UserError(f"temperature must not be negative, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise UserError(f"top_k must be at least 1, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top_p must be above 0 and at most 1, got {top_p}")
+    sampling = Sampling(temperature, top_k, top_p, vocab_size)
     if compile is not None and not use_cache:
         raise UserError("compile is for tokens read from a cache; leave out use_cache=False")
-    if ids.shape[1] + max_new_tokens > model.config.seq_len + 1:
-        raise UserError(
-            f"a prompt of {ids.shape[1]} tokens and {max_new_tokens} new ones do not fit the model's context "
-            f"of {model.config.seq_len}; shorten the prompt or generate at most "
-            f"{max(0, model.config.seq_len + 1 - ids.shape[1])} tokens"
-        )
-    return _generate(
-        model,
-        ids,
-        padding,
-        max_new_tokens,
-        temperature,
-        top_k,
-        top_p,
-        seed,
-        end_token,
-        vocab_size,
-        use_cache,
-        compile,
-    )
+    check_room(ids.shape[1], max_new_tokens, model.config.seq_len)
+    room = ids.shape[1] + max(1, max_new_tokens) - 1  # the last token is not read again
+    reader = Reader(model, ids, padding, room, use_cache=use_cache, compile=compile)
+    return _tokens(reader, sampling, max_new_tokens, seed, end_token)
 
 
 def side_by_side(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -122,52 +183,22 @@ def side_by_side(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
 
 
 @torch.inference_mode()
-def _generate(
-    model: GPT,
-    ids: Tensor,
-    padding: Tensor | None,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int | None,
-    end_token: int | None,
-    vocab_size: int | None,
-    use_cache: bool,
-    compile: str | None,
+def _tokens(
+    reader: Reader, sampling: Sampling, count: int, seed: int | None, end_token: int | None
 ) -> Iterator[Tensor]:
-    device = model.embed.weight.device
-    ids = ids.to(device)
-    padding = None if padding is None else padding.to(device)
+    device = reader.unread.device
     generator = torch.Generator(device=device)
     if seed is None:
         generator.seed()
     else:
         generator.manual_seed(seed)
-    room = ids.shape[0], ids.shape[1] + max_new_tokens, device, model.embed.weight.dtype, padding
-    cache = KVCache.empty(model.config, *room, fixed=compile is not None) if use_cache else None
-    step: Callable[..., Tensor] = model
-    finished = torch.zeros(ids.shape[0], dtype=torch.bool, device=device)
-    unread = ids
-    for _ in range(max_new_tokens):
-        if not use_cache and padding is not None:  # padding is a cache's
-            cache = KVCache.empty(model.config, *room)
-        logits = step(unread if use_cache else ids, cache=cache)[:, -1]
-        if compile is not None and step is model:
-            step = torch.compile(model, backend=compile, fullgraph=True)
-        if vocab_size is not None:
-            logits = logits[:, :vocab_size]
-        if temperature == 0:
-            token = logits.argmax(-1)
-        else:
-            probability = filter_logits(logits, temperature, top_k, top_p).softmax(-1)
-            token = torch.multinomial(probability, 1, generator=generator).squeeze(1)
+    finished = torch.zeros(len(reader.unread), dtype=torch.bool, device=device)
+    for _ in range(count):
+        token = sampling.draw(reader.logits(), generator)
         if end_token is not None:
             token = torch.where(finished, end_token, token)
             finished |= token == end_token
         yield token
         if end_token is not None and bool(finished.all()):
             return
-        unread = token.unsqueeze(1)
-        if not use_cache:
-            ids = torch.cat([ids, unread], 1)
+        reader.take(token)

@@ -15,11 +15,14 @@ from .errors import EXIT_USAGE, RunError, UserError
 from .runs import distinct_labels, expand, file_name, open_run, read_windows, spec
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from .config import TrainConfig
     from .mixing import MixingMap
-    from .model import GPT
+
+
+LONGEST = 512
+"""Tokens of a sequence of a model that others made; those of a run have its context."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class Map:
     """
 
     runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN")] = ()
-    """Run folders (their best checkpoints are taken), checkpoint folders, or folders of comparisons."""
+    """Run folders (their best checkpoints are taken), checkpoint folders, folders of comparisons, or folders in which
+    a language model of depthmix.adapt was saved (with --data)."""
     residual: tuple[str, ...] = ()
     """Also the untrained models of these connections, on random tokens; commas or spaces between."""
     preset: str = "quick"
@@ -57,7 +61,8 @@ class Subject:
     """Of the run folder; "untrained" without one."""
     residual: str
     detail: str
-    model: "GPT"
+    model: "nn.Module"
+    """A GPT, or a language model of depthmix.adapt."""
     ids: "Tensor"
 
 
@@ -128,9 +133,30 @@ def _drawn(subjects) -> Iterator[Drawn]:
 
 
 def _trained(path: Path, data: tuple[str, ...], tokens: int, device) -> Subject:
+    from .diagnostics.command import is_huggingface
+
+    if is_huggingface(path):
+        return _adapted(path, data, tokens, device)
     run = open_run(path, device)
     ids = read_windows(run, data, run.config.model.seq_len, tokens)
     return Subject(run.name, spec(run.config.model), run.detail, run.model, ids)
+
+
+def _adapted(path: Path, data: tuple[str, ...], tokens: int, device) -> Subject:
+    from .adapters.subject import AdaptedSubject
+    from .diagnostics.huggingface import HuggingFaceSubject
+
+    if not data:
+        raise UserError("a model of Hugging Face comes without text; give --data")
+    found = HuggingFaceSubject.load(path, device)
+    if not isinstance(found, AdaptedSubject):
+        raise UserError(
+            f"it is a {type(found.module).__name__} with its own connection, PreNorm, whose map is all ones; "
+            f"depthmix.adapt gives it another"
+        )
+    length = min(found.max_length, LONGEST)
+    ids = found.windows(data, "text", length, -(-tokens // length) * length)
+    return Subject(found.name, found.residual, found.detail, found.module, ids)
 
 
 def save_run_map(run: Path, tokens: int = 2048) -> Path:

@@ -29,7 +29,7 @@ import dataclasses
 import io
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ from .errors import UserError, suggest
 from .model import GPT
 from .ops.reference import compute_dtype
 from .residuals import available_residuals, build_residual
-from .residuals.base import Site
+from .residuals.base import Residual, Site
 
 PER = ("mean", "token", "channel")
 CHUNK_BYTES = 256 * 2**20
@@ -167,8 +167,8 @@ def mixing_map(
     """How much of every earlier output each sublayer reads, on these tokens.
 
     Args:
-        model: a :class:`~depthmix.GPT`, in training or evaluation mode, of any dtype; a compiled one runs
-            uncompiled. It is left as it was.
+        model: a :class:`~depthmix.GPT`, or a language model that :func:`depthmix.adapt` made, in training or
+            evaluation mode, of any dtype; a compiled one runs uncompiled. It is left as it was.
         ids: ``[B, T]`` whole numbers, T at most the model's ``seq_len``.
         per: ``"mean"`` over tokens and channels; ``"token"`` keeps also ``[L+1, L+1, B, T]``, ``"channel"``
             ``[L+1, L+1, B, T, D]``.
@@ -180,15 +180,15 @@ def mixing_map(
 
     Raises:
         ValueError: the connection does not mix linearly (the message says why and which ones do), ``model``
-            is no GPT, ``ids`` do not fit it, or ``per`` is unknown.
+            is no such model, ``ids`` do not fit it, or ``per`` is unknown.
     """
     if per not in PER:
         raise UserError(suggest(str(per), PER, "per"))
-    model, ids = _checked(model, ids)
-    sources, (batch, length) = model.config.n_sublayers + 1, ids.shape
-    width, device = _width(model), ids.device
-    dtype = compute_dtype(model.embed.weight.dtype)
-    tail: tuple[int, ...] = {"mean": (), "token": (batch, length), "channel": (batch, length, width)}[per]
+    trunk, ids = _checked(model, ids)
+    sources, (batch, length) = len(trunk.sites) + 1, ids.shape
+    width, device = trunk.gate_width, ids.device
+    dtype = compute_dtype(trunk.dtype)
+    tail = {"mean": (), "token": (batch, length), "channel": (batch, length, width)}[per]
     mean = torch.zeros(sources, sources, dtype=torch.float64, device=device)
     full = None if per == "mean" else torch.zeros(sources, sources, *tail, dtype=dtype)
     by_stream: list[Tensor] = []
@@ -202,12 +202,12 @@ def mixing_map(
             target[columns, sequence] = kept.to(target)
 
     for sequence in range(batch):
-        trace = _run(model, ids[sequence : sequence + 1])
+        trace = _run(trunk, ids[sequence : sequence + 1])
         power += trace.power / batch
         step = _sources_at_once(trace, length * width, sources, chunk_bytes)
         for first in range(0, sources, step):
             columns = slice(first, min(first + step, sources))
-            for row, (h, states) in enumerate(_linear_form(model, trace, columns, length, width)):
+            for row, (h, states) in enumerate(_linear_form(trunk, trace, columns, length, width)):
                 mean[row, columns] += h.mean((1, 2, 3)) / batch
                 if full is not None:
                     put(full[row], columns, sequence, h)
@@ -218,17 +218,14 @@ def mixing_map(
                         put(target, columns, sequence, stream)
 
     if full is not None and per == "channel":
-        full = full.expand(*[-1] * 4, model.config.d_model)
-        by_stream = [stream.expand(*[-1] * 4, model.config.d_model) for stream in by_stream]
-    sublayers = [
-        f"{kind} {block}" for block in range(1, model.config.n_layer + 1) for kind in ("attn", "mlp")
-    ]
+        full = full.expand(*[-1] * 4, trunk.d_model)
+        by_stream = [stream.expand(*[-1] * 4, trunk.d_model) for stream in by_stream]
     return MixingMap(
         matrix=mean.to("cpu", dtype),
         source_rms=power.sqrt().to("cpu", dtype),
-        labels=("embedding", *sublayers),
-        row_labels=(*sublayers, "output"),
-        residual=model.config.residual,
+        labels=("embedding", *trunk.labels),
+        row_labels=(*trunk.labels, "output"),
+        residual=trunk.residual,
         n_tokens=batch * length,
         tokens=full.mean(-1) if full is not None and per == "channel" else full,
         channels=full if per == "channel" else None,
@@ -264,6 +261,66 @@ def residuals_with_map() -> list[str]:
     return names
 
 
+# --- what is mapped -------------------------------------------------------------------------------
+
+
+@dataclass
+class Trunk:
+    """What a map asks of a model."""
+
+    residual: str
+    """Name of the connection."""
+    connection: Residual
+    sites: list[Site]
+    labels: tuple[str, ...]
+    """Of the sublayers."""
+    d_model: int
+    dtype: torch.dtype
+    device: torch.device
+    vocab_size: int
+    run: Callable[[Tensor], object]
+    """The trunk on ids ``[B, T]``."""
+    watch: Callable[[Callable[[Tensor], None], Callable[[Tensor], None] | None], list[Any]]
+    """``watch(embedded, read)``: hooks that give the embedding to the first, and to the second what sublayers 1 .. L
+    and the final norm read, each ``[B, T, D]``."""
+    write: float = 1.0
+    """Constant by which outputs are multiplied before they are written."""
+    reads: tuple[float, ...] | None = None
+    """Constants by which what is read behind sublayers 1 .. L is multiplied."""
+
+    @property
+    def gate_width(self) -> int:
+        """W: one coefficient a token will do unless a gate has one per channel."""
+        return self.d_model if any(site.per_channel for site in self.sites) else 1
+
+
+def _trunk(model: GPT) -> Trunk:
+    config = model.config
+
+    def watch(embedded: Callable[[Tensor], None], read: Callable[[Tensor], None] | None) -> list[Any]:
+        handles = [model.embed.register_forward_hook(lambda module, args, x: embedded(x))]
+        if read is not None:
+            norms = [norm for block in model.blocks for norm in (block.attn.norm, block.mlp.norm)]
+            handles += [
+                norm.register_forward_pre_hook(lambda module, args: read(args[0]))
+                for norm in (*norms, model.norm)
+            ]
+        return handles
+
+    return Trunk(
+        residual=config.residual,
+        connection=model.residual,
+        sites=[site for block in model.blocks for site in (block.attn_site, block.mlp_site)],
+        labels=tuple(f"{kind} {block}" for block in range(1, config.n_layer + 1) for kind in ("attn", "mlp")),
+        d_model=config.d_model,
+        dtype=model.embed.weight.dtype,
+        device=model.embed.weight.device,
+        vocab_size=config.vocab_size,
+        run=model.hidden,
+        watch=watch,
+    )
+
+
 # --- the model's own run --------------------------------------------------------------------------
 
 
@@ -286,12 +343,8 @@ class _Trace:
     """Behind every site, in the order of the sites; empty tuples where there are none."""
 
 
-def _sites(model: GPT) -> list[Site]:
-    return [site for block in model.blocks for site in (block.attn_site, block.mlp_site)]
-
-
 @torch.no_grad()
-def _run(model: GPT, ids: Tensor, keep_values: bool = False) -> _Trace:
+def _run(trunk: Trunk, ids: Tensor, keep_values: bool = False) -> _Trace:
     """One run of ``ids [1, T]`` under hooks, which are gone afterwards whatever happens."""
     trace, squares = _Trace(), []
 
@@ -300,14 +353,14 @@ def _run(model: GPT, ids: Tensor, keep_values: bool = False) -> _Trace:
         if keep_values:
             trace.values.append(value)
 
-    def embedded(module: Any, args: Any, x: Tensor) -> None:
-        trace.begin = model.residual.begin_gates(x)
+    def embedded(x: Tensor) -> None:
+        trace.begin = trunk.connection.begin_gates(x)
         source(x)
 
     def written(site: Any, args: Any) -> None:
         y, state = args
         trace.gates.append(site.gates(y, state))
-        source(y)
+        source(y if trunk.write == 1 else y / trunk.write)
         # One more output is in it after the write.
         size = sum(tensor.numel() for tensor in state) / y.numel() + 1
         trace.state_size = max(trace.state_size, size)
@@ -315,18 +368,13 @@ def _run(model: GPT, ids: Tensor, keep_values: bool = False) -> _Trace:
     def stepped(site: Any, args: Any, result: Any) -> None:
         trace.streams.append(tuple(site.streams(result[1]) or ()))
 
-    def read(module: Any, args: Any) -> None:
-        trace.inputs.append(args[0])
-
-    handles = [model.embed.register_forward_hook(embedded)]
+    handles = trunk.watch(embedded, trace.inputs.append if keep_values else None)
     try:
-        handles += [site.register_forward_pre_hook(written) for site in _sites(model)]
+        handles += [site.register_forward_pre_hook(written) for site in trunk.sites]
         if keep_values:
-            handles += [site.register_forward_hook(stepped) for site in _sites(model)]
-            norms = [norm for block in model.blocks for norm in (block.attn.norm, block.mlp.norm)]
-            handles += [norm.register_forward_pre_hook(read) for norm in (*norms, model.norm)]
+            handles += [site.register_forward_hook(stepped) for site in trunk.sites]
         with uncompiled():
-            model.hidden(ids)
+            trunk.run(ids)
     finally:
         for handle in handles:
             handle.remove()
@@ -337,11 +385,6 @@ def _run(model: GPT, ids: Tensor, keep_values: bool = False) -> _Trace:
 # --- the linear form ------------------------------------------------------------------------------
 
 
-def _width(model: GPT) -> int:
-    """W: one coefficient a token will do unless a gate has one per channel."""
-    return model.config.d_model if any(site.per_channel for site in _sites(model)) else 1
-
-
 def _sources_at_once(trace: _Trace, elements: int, sources: int, chunk_bytes: int) -> int:
     """Sources whose linear form fits into ``chunk_bytes``: two states and what lies between, in fp64."""
     return max(1, min(sources, int(chunk_bytes / (3 * 8 * trace.state_size * elements))))
@@ -349,7 +392,7 @@ def _sources_at_once(trace: _Trace, elements: int, sources: int, chunk_bytes: in
 
 @torch.no_grad()
 def _linear_form(
-    model: GPT, trace: _Trace, columns: slice, length: int, width: int
+    trunk: Trunk, trace: _Trace, columns: slice, length: int, width: int
 ) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
     """Rows 1 .. L+1 as ``[C, 1, T, W]``, C the sources in ``columns``, each with the streams it is read from.
 
@@ -361,32 +404,33 @@ def _linear_form(
     def unit(source: int) -> Tensor:
         value = torch.zeros(count, 1, length, width, dtype=torch.float64, device=trace.power.device)
         if columns.start <= source < columns.stop:
-            value[source - columns.start] = 1
+            value[source - columns.start] = trunk.write if source else 1.0
         return value
 
     streams: tuple[Tensor, ...] = ()
-    h, state = model.residual.begin_mix(unit(0), wide(trace.begin))
-    for source, (site, gates) in enumerate(zip(_sites(model), trace.gates, strict=True), 1):
+    reads = trunk.reads or (1.0,) * len(trunk.sites)
+    h, state = trunk.connection.begin_mix(unit(0), wide(trace.begin))
+    for source, (site, gates, factor) in enumerate(zip(trunk.sites, trace.gates, reads, strict=True), 1):
         yield h, streams
         h, state = site.mix(unit(source), state, wide(gates))
-        streams = tuple(site.streams(state) or ())
-    yield model.residual.finish(h, state), streams
+        h, streams = h * factor, tuple(site.streams(state) or ())
+    yield trunk.connection.finish(h, state), streams
 
 
-def _errors(model: GPT, ids: Tensor, chunk_bytes: int) -> tuple[Tensor, list[Tensor]]:
+def _errors(trunk: Trunk, ids: Tensor, chunk_bytes: int) -> tuple[Tensor, list[Tensor]]:
     """Relative errors of the rows ``[L+1]``, and of every site's streams, each ``[n]``; fp64, on the CPU."""
-    sources, length = model.config.n_sublayers + 1, ids.shape[1]
-    width, found = _width(model), []
+    sources, length = len(trunk.sites) + 1, ids.shape[1]
+    width, found = trunk.gate_width, []
     for sequence in ids.split(1):
-        trace = _run(model, sequence, keep_values=True)
+        trace = _run(trunk, sequence, keep_values=True)
         real = [(h, *streams) for h, streams in zip(trace.inputs, [(), *trace.streams], strict=True)]
         mixed = [[torch.zeros_like(x, dtype=torch.float64) for x in row] for row in real]
         values = torch.stack(trace.values).double()
         # Coefficients meet values here, so a chunk has the values' width whatever the gates'.
-        step = _sources_at_once(trace, length * model.config.d_model, sources, chunk_bytes)
+        step = _sources_at_once(trace, length * trunk.d_model, sources, chunk_bytes)
         for first in range(0, sources, step):
             columns = slice(first, min(first + step, sources))
-            rows = _linear_form(model, trace, columns, length, width)
+            rows = _linear_form(trunk, trace, columns, length, width)
             for sums, (h, streams) in zip(mixed, rows, strict=True):
                 for total, coefficients in zip(sums, (h, *streams), strict=True):
                     total += (coefficients * values[columns]).sum(0)
@@ -406,16 +450,28 @@ def _errors(model: GPT, ids: Tensor, chunk_bytes: int) -> tuple[Tensor, list[Ten
 # --- what was asked for ---------------------------------------------------------------------------
 
 
-def _checked(model: Any, ids: Any) -> tuple[GPT, Tensor]:
-    """The plain model, and ``ids`` as int64 on its device."""
+def _checked(model: Any, ids: Any) -> tuple[Trunk, Tensor]:
+    """What is mapped of the plain model, and ``ids`` as int64 on its device."""
     model = getattr(model, "_orig_mod", model)  # as torch.compile wraps it
-    if not isinstance(model, GPT):
+    if isinstance(model, GPT):
+        if model.embed.weight.is_meta:
+            raise UserError("model has no weights (it is on the meta device); load or initialise it first")
+        trunk = _trunk(model)
+    elif hasattr(getattr(model, "config", None), "depthmix"):
+        from .adapters.subject import AdaptedSubject
+
+        modes = [(module, module.training) for module in model.modules()]
+        trunk = AdaptedSubject(model, name=type(model).__name__).trunk()
+        for module, training in modes:
+            module.training = training
+    else:
         raise UserError(
-            f"model must be a depthmix.GPT, got {type(model).__name__}; unwrap it (of a wrapper: model.module)"
+            f"model must be a depthmix.GPT, or a language model of depthmix.adapt, got {type(model).__name__}; unwrap "
+            f"it (of a wrapper: model.module)"
         )
-    if model.residual.not_linear:
+    if trunk.connection.not_linear:
         raise UserError(
-            f"{model.config.residual} has no mixing map: {model.residual.not_linear.rstrip('.')}. "
+            f"{trunk.residual} has no mixing map: {trunk.connection.not_linear.rstrip('.')}. "
             f"Connections that have one: {', '.join(residuals_with_map())}"
         )
     if not isinstance(ids, Tensor):
@@ -430,13 +486,10 @@ def _checked(model: Any, ids: Any) -> tuple[GPT, Tensor]:
         raise UserError(
             f"ids must be whole numbers of shape [B, T], not empty, got {ids.dtype} {list(ids.shape)}"
         )
-    weight = model.embed.weight
-    if weight.is_meta:
-        raise UserError("model has no weights (it is on the meta device); load or initialise it first")
     low, high = ids.min().item(), ids.max().item()
-    if low < 0 or high >= model.config.vocab_size:
-        raise UserError(f"ids must be from 0 to {model.config.vocab_size - 1}, got {low} to {high}")
-    return model, ids.to(weight.device, torch.int64)
+    if low < 0 or high >= trunk.vocab_size:
+        raise UserError(f"ids must be from 0 to {trunk.vocab_size - 1}, got {low} to {high}")
+    return trunk, ids.to(trunk.device, torch.int64)
 
 
 def _shares(matrix: Tensor) -> Tensor:

@@ -43,7 +43,8 @@ class KVCache:
 
     ``place []``, a whole number on the device, stands for ``length`` in a cache whose shapes never change (``fixed``):
     every token reads all of the room there is, through a mask, so that one compiled graph or one CUDA graph serves them
-    all. Whether a token still fits is then for the caller to know.
+    all. Its room is at most the model's context, so that what fits the one fits the other; how much of it is filled
+    only the device knows, and whether a token still fits is for the caller to count.
     """
 
     keys: list[Tensor]
@@ -64,7 +65,15 @@ class KVCache:
         padding: Tensor | None = None,
         fixed: bool = False,
     ) -> "KVCache":
-        """Room for ``capacity`` tokens of ``batch`` sequences, of which the first ``padding [B]`` are nobody's."""
+        """Room for ``capacity`` tokens of ``batch`` sequences.
+
+        Raises ``UserError`` for a ``fixed`` one that has room beyond the model's context.
+        """
+        if fixed and capacity > config.seq_len:
+            raise UserError(
+                f"a cache of fixed shapes with room for {capacity} tokens does not fit the model's context of "
+                f"{config.seq_len}; make it for at most {config.seq_len}"
+            )
         shape = (batch, config.n_head, capacity, config.head_dim)
         keys, values = (
             [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)] for _ in range(2)
@@ -467,6 +476,18 @@ class GPT(nn.Module):
 
     if TYPE_CHECKING:
         __call__ = forward
+
+
+def check_room(prompt: int, new: int, context: int) -> None:
+    """Raise ``UserError`` where ``new`` tokens behind ``prompt`` others are more than a context has room for.
+
+    The last new token is not read again, hence one more than the context.
+    """
+    if prompt + new > context + 1:
+        raise UserError(
+            f"a prompt of {prompt} tokens and {new} new ones do not fit the model's context of {context}; shorten the "
+            f"prompt, or generate at most {max(0, context + 1 - prompt)} tokens"
+        )
 
 
 def own_part(ids: Tensor, part: tuple[int, int]) -> Tensor:

@@ -12,6 +12,7 @@ from depthmix.data.tokenizers import ByteTokenizer
 from depthmix.errors import RunError, UserError
 from depthmix.evaluation import harness
 from depthmix.evaluation.harness import DepthmixLM, run_tasks
+from depthmix.generation import generate
 
 pytestmark = pytest.mark.hf
 QUESTIONS = [
@@ -120,7 +121,7 @@ def greedy_text(model, prompt, count):
     return bytes(made).decode("utf-8", errors="replace")
 
 
-def test_generate_until(model):
+def test_generate_until(model, monkeypatch):
     prompts = ["one", "two", "a longer prompt", "", "six"]
     whole = [greedy_text(model, prompt, 20) for prompt in prompts]
     assert any(len(text) > 3 for text in whole)
@@ -133,8 +134,18 @@ def test_generate_until(model):
         requests("generate_until", *given)
     )
     assert found == [text.split(stop[0])[0] for text, stop in zip(whole, stops, strict=True)]
+    # Prompts of all lengths share batches where the same is asked of them.
     plain = [(prompt, {"until": [], "max_gen_toks": 20}) for prompt in prompts]
-    assert DepthmixLM(model, ByteTokenizer()).generate_until(requests("generate_until", *plain)) == whole
+    batches, told = [], []
+
+    def counted(model, prompts, *args, **kwargs):
+        batches.append([len(prompt) for prompt in prompts])
+        return generate(model, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(harness, "generate", counted)
+    lm = DepthmixLM(model, ByteTokenizer(), batch_size=3, told=lambda *done: told.append(done))
+    assert lm.generate_until(requests("generate_until", *plain)) == whole
+    assert batches == [[15, 3, 3], [3, 1]] and told == [(3, 5), (5, 5)]
 
 
 def test_nothing_is_cut_in_silence():

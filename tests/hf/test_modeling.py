@@ -289,3 +289,22 @@ def test_trainer(exported, tmp_path):
     assert config.data.tokenizer == "byte"
     with torch.no_grad():
         same(tuned(ids()), model.eval()(ids()).logits, 1e-5)
+
+
+def test_a_graph_over_a_static_cache_does_not_go_beyond_the_context(exported):
+    """A graph sees no positions: a cache with room behind the context is refused before there is one."""
+    _, folder = exported("mgr-competitive")
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = torch.randint(0, 256, (1, 5))
+
+    for forward in model, torch.compile(model, backend="eager"):
+        with pytest.raises(UserError, match=r"room for 49 tokens does not fit the model's context of 48"):
+            forward(ids, past_key_values=StaticCache(model.config, max_cache_len=49))
+        with pytest.raises(UserError, match=r"50 tokens do not fit the model's context of 48"):
+            forward(torch.randint(0, 256, (1, 50)), use_cache=False)
+    with pytest.raises(
+        UserError, match=r"prompt of 5 tokens and 45 new ones do not fit the model's context of 48"
+    ):
+        model.generate(ids, max_new_tokens=45, cache_implementation="static")
+    text = model.generate(ids, max_new_tokens=44, min_new_tokens=44, cache_implementation="static")
+    assert text.shape == (1, 49)

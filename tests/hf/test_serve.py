@@ -1,6 +1,8 @@
 """An exported model under ``transformers serve``, asked by the client of another package; loopback alone."""
 
 import concurrent.futures
+import http.client
+import json
 import os
 import socket
 import subprocess
@@ -25,6 +27,7 @@ from depthmix.generation import generate
 pytestmark = pytest.mark.hf
 
 ROOT = Path(__file__).parents[2]
+SEQ_LEN = 48
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +97,63 @@ def test_requests_in_parallel(served):
     assert list(answers) == [by_hand(served[0], p, 10) for p in prompts]
 
 
-def test_too_long_is_an_error(served):
-    with pytest.raises(openai.APIError):
-        ask(served, "x" * 60)
+def test_without_a_number_it_goes_on_to_the_end_of_the_context(served):
+    """transformers' own default of 1,024 new tokens is more than this context holds."""
+    run, folder, client = served
+    answer = client.completions.create(model=str(folder), prompt="def main(", temperature=0)
+    assert answer.choices[0].text == by_hand(run, "def main(", SEQ_LEN + 1 - 9)
+    assert answer.usage.completion_tokens <= SEQ_LEN + 1 - 9
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "prompt, options, message",
+    [
+        (
+            "x" * 40,
+            {"max_tokens": 10},
+            "a prompt of 40 tokens and 10 new ones do not fit the model's context of 48",
+        ),
+        ("x" * 60, {}, "a prompt of 60 tokens and 1 new ones do not fit the model's context of 48"),
+        ("x", {"max_tokens": 0}, "at least 1 new token must be asked for"),
+    ],
+)
+def test_what_does_not_fit_is_the_clients_mistake(served, prompt, options, message, stream):
+    _, folder, client = served
+    with pytest.raises(openai.BadRequestError, match=message) as caught:
+        client.completions.create(model=str(folder), prompt=prompt, stream=stream, **options)
+    assert caught.value.status_code == 400
     assert ask(served, "a").choices[0].text  # and the server lives
+
+
+def test_a_base_model_does_not_chat(served):
+    _, folder, client = served
+    with pytest.raises(openai.BadRequestError, match=r"has no chat template.*/v1/completions"):
+        client.chat.completions.create(model=str(folder), messages=[{"role": "user", "content": "hello"}])
+    with pytest.raises(openai.BadRequestError, match="has no chat template"):
+        client.responses.create(model=str(folder), input="hello")
+
+
+def test_a_client_that_knows_http_alone(served):
+    """A stream of server-sent events, read as it comes."""
+    run, folder, client = served
+    connection = http.client.HTTPConnection(client.base_url.host, client.base_url.port, timeout=300)
+    body = {"model": str(folder), "prompt": "def main(", "max_tokens": 10, "temperature": 0, "stream": True}
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    assert answer.status == 200 and answer.getheader("Content-Type").startswith("text/event-stream")
+    events = [line[6:] for line in answer.read().decode().split("\n") if line.startswith("data: ")]
+    chunks = [json.loads(event) for event in events if event != "[DONE]"]
+    assert "".join(c["choices"][0]["text"] for c in chunks) == by_hand(run, "def main(", 10)
+    assert chunks[-1]["choices"][0]["finish_reason"] in ("stop", "length")
+    connection.request(
+        "POST",
+        "/v1/completions",
+        json.dumps(body | {"max_tokens": 100}),
+        {"Content-Type": "application/json"},
+    )
+    answer = connection.getresponse()
+    assert (
+        answer.status == 400
+        and "do not fit the model's context" in json.loads(answer.read())["error"]["message"]
+    )

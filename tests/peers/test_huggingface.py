@@ -9,86 +9,16 @@ import torch
 pytest.importorskip("transformers")
 
 import safetensors.torch
-import tokenizers
 import transformers
+from families import FAMILIES, LAYERS, LLAMA, PARALLEL, TEXT, V, build, build_tokenizer
 
 from depthmix.diagnostics.huggingface import HuggingFaceSubject
 from depthmix.errors import UserError
 
 pytestmark = pytest.mark.peers
 
-V, LAYERS, T = 97, 3, 11
-LLAMA = dict(
-    vocab_size=V,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=LAYERS,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    bos_token_id=None,
-    eos_token_id=0,
-    pad_token_id=None,
-)
-GPT2 = dict(
-    vocab_size=V, n_embd=32, n_layer=LAYERS, n_head=4, n_positions=64, bos_token_id=None, eos_token_id=0
-)
-OPT = dict(LLAMA, ffn_dim=48, word_embed_proj_dim=32, pad_token_id=0)
-WINDOW = dict(sliding_window=4, layer_types=["full_attention", "sliding_attention", "full_attention"])
-FAMILIES = {
-    "llama": ("Llama", LLAMA),
-    "llama-tied": ("Llama", dict(LLAMA, tie_word_embeddings=True)),
-    # Blocks that are called with masks of their own.
-    "qwen2": ("Qwen2", dict(LLAMA, use_sliding_window=True, **WINDOW)),
-    "qwen3": ("Qwen3", dict(LLAMA, head_dim=8)),
-    "mistral": ("Mistral", dict(LLAMA, sliding_window=4)),
-    "gpt2": ("GPT2", GPT2),
-    "gpt-neox": ("GPTNeoX", LLAMA),
-    "gpt-neox-sequential": ("GPTNeoX", dict(LLAMA, use_parallel_residual=False)),
-    "phi": ("Phi", LLAMA),
-    # The MLP is two children of the block, and runs on [B * T, D].
-    "opt": ("OPT", OPT),
-    # Norms behind the sublayers, capped logits.
-    "gemma2": ("Gemma2", dict(LLAMA, head_dim=8, final_logit_softcapping=0.3, **WINDOW)),
-    # No norm before the MLP.
-    "olmo2": ("Olmo2", LLAMA),
-    # Scaled logits.
-    "cohere": ("Cohere", dict(LLAMA, logit_scale=0.3)),
-    # The decoder returns more than its hidden state.
-    "mixtral": ("Mixtral", dict(LLAMA, num_local_experts=4)),
-    # Blocks return tuples.
-    "gptj": ("GPTJ", dict(GPT2, rotary_dim=4)),
-}
-PARALLEL = {"gpt-neox", "phi", "cohere", "gptj"}
-TEXT = "The whale is the whale, and the sea is the sea; call it whatever you like.\n"
-
-
-def build(name: str, seed: int = 0):
-    kind, options = FAMILIES[name]
-    torch.manual_seed(seed)
-    config = getattr(transformers, kind + "Config")(**options)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    # As from_config draws them, sublayers write next to nothing, and a block left out would hardly show.
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(8)
-    return model
-
-
-def build_tokenizer(**special):
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=V, special_tokens=["<end>", "<start>"], show_progress=False
-    )
-    tokenizer.train_from_iterator([TEXT, "<>"], trainer)
-    if "bos_token" in special:
-        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-            single="<start> $A", special_tokens=[("<start>", 1)]
-        )
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+T = 11
+DIAGNOSED = [name for name in FAMILIES if name not in ("gemma", "gemma3")]
 
 
 def save(folder, name="llama", tokenizer=True, **special):
@@ -99,7 +29,7 @@ def save(folder, name="llama", tokenizer=True, **special):
     return model
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=DIAGNOSED)
 def pair(request, tmp_path_factory):
     """The name of a family, a model of it as transformers runs it, and what was loaded from its folder."""
     folder = tmp_path_factory.mktemp("models") / request.param
@@ -486,7 +416,7 @@ def from_config(kind, **options):
         ("Granite", dict(LLAMA, residual_multiplier=0.5), r"does not add what its attention returns"),
         (
             "OPT",
-            dict(OPT, do_layer_norm_before=False),
+            dict(FAMILIES["opt"][1], do_layer_norm_before=False),
             r"block 0 \(OPTDecoderLayer\) does not add what its MLP",
         ),
         ("Bert", dict(LLAMA), "BertModel has no list of 3 blocks"),

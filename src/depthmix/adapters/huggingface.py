@@ -131,12 +131,10 @@ def load(folder: str | Path, **keywords: Any) -> Any:
         kind = str(json.loads(path.read_text(encoding="utf-8"))["model_type"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} holds no model: {path} cannot be read as a configuration") from error
-    base = kind.removeprefix(PREFIX)
-    if base == kind or base not in transformers.CONFIG_MAPPING:
+    if not register_type(kind):
         raise UserError(
             f"{folder} holds a {kind!r}, no model of depthmix.adapt; load it with AutoModelForCausalLM and adapt it"
         )
-    register(transformers.CONFIG_MAPPING[base])
     keywords = {"use_safetensors": True} | keywords
     return transformers.AutoModelForCausalLM.from_pretrained(folder, **keywords)
 
@@ -243,6 +241,15 @@ def register(base: type) -> type:
     transformers.AutoConfig.register(found.model_type, found, exist_ok=True)
     _register_model(found)
     return found
+
+
+def register_type(kind: str) -> bool:
+    """:func:`register` for the model type of a saved adapted model, ``depthmix-llama`` for one; whether it is one."""
+    base = kind.removeprefix(PREFIX)
+    if base == kind or base not in transformers.CONFIG_MAPPING:
+        return False
+    register(transformers.CONFIG_MAPPING[base])
+    return True
 
 
 def _register_model(config: type) -> None:

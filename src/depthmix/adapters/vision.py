@@ -4,9 +4,14 @@ The model's own code runs around its blocks and inside of them (:mod:`depthmix.a
 class token, dropped paths, layer scales, head. ``state_dict`` keeps every name and has the connection's in addition.
 """
 
+import contextlib
+import functools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from ..diagnostics.huggingface import _forward
 from ..errors import UserError
 from .blocks import adapt_blocks
 
@@ -44,7 +49,49 @@ def adapt_vision_model(
 
     how = {"n_streams": n_streams, "start": start, "options": options}
     adapt_blocks(model, list(blocks), run, width, residual, **how)
+    if hasattr(model, "forward_intermediates"):
+        model.__class__ = _looked_into(type(model))
     return model
+
+
+class LookedInto:
+    """What is put in front of the class of a model that takes what its blocks return, one by one."""
+
+    def forward_intermediates(self, *args, **kwargs):
+        """As timm's own; an intermediate is what a block hands to the next, without the connection's state."""
+        if getattr(self, "grad_checkpointing", False) and torch.is_grad_enabled():
+            raise UserError(
+                "forward_intermediates of an adapted model has no gradient checkpointing; call "
+                "set_grad_checkpointing(False), or run it under torch.no_grad()"
+            )
+        with _handing_on_tensors(self.blocks):
+            return super().forward_intermediates(*args, **kwargs)
+
+
+@functools.cache
+def _looked_into(model_class: type) -> type:
+    return type(model_class.__name__, (LookedInto, model_class), {"__module__": __name__})
+
+
+@contextlib.contextmanager
+def _handing_on_tensors(blocks: Sequence[nn.Module]):
+    """Inside, the blocks, run once each and in order, take and return one tensor; the state goes beside it."""
+    state = ()
+
+    def alone(block):
+        def forward(x, *args, **kwargs):
+            nonlocal state
+            given = x if block is blocks[0] else (x, *state)
+            out = type(block).forward(block, given, *args, **kwargs)
+            h, *state = out if isinstance(out, tuple) else (out,)
+            return h
+
+        return forward
+
+    with contextlib.ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(_forward(block, alone(block)))
+        yield
 
 
 def _images(model: nn.Module, name: str) -> Tensor:

@@ -556,9 +556,9 @@ def _rows(source: FileSource, reading: Reading, table) -> Iterator[RowBlock]:
                 reading.bytes = source.size * rows // table.metadata.num_rows
             yield RowBlock(held)
             held, size = [], 0
+    reading.bytes = max(before, source.size)
     if held:
         yield RowBlock(held)
-    reading.bytes = max(before, source.size)
 
 
 def _no_field(wanted: str, fields: Iterable[str]) -> str:

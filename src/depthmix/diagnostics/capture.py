@@ -196,34 +196,38 @@ def _watch_block(
                 )
             )
 
-    def steps(site: Site, suffix: str) -> None:
-        streams, kinds = (
-            prefix + "hook_streams" + suffix,
-            {k: f"{prefix}hook_{k}{suffix}" for k in ("gate", "pool")},
-        )
-        if streams in wanted:
-
-            def shown(module: Any, args: Any, result: Any) -> None:
-                parallel = site.streams(result[1])
-                give(streams, None if parallel is None else torch.stack(tuple(parallel), -2))
-
-            handles.append(site.register_forward_hook(shown))
-        if any(name in wanted and kind in site.gate_names for kind, name in kinds.items()):
-
-            def gates(module: Any, args: Any) -> None:
-                for kind, value in zip(site.gate_names, site.gates(*args[:2]), strict=False):
-                    if kind is not None:
-                        give(kinds[kind], value)
-
-            handles.append(site.register_forward_pre_hook(gates))
-
     reads(block.attn.norm, "hook_resid_pre")
     writes(block.attn, "hook_attn_out")
-    steps(block.attn_site, "_mid")
+    handles += watch_site(block.attn_site, prefix, "_mid", wanted, give)
     reads(block.mlp.norm, "hook_resid_mid")
     writes(block.mlp, "hook_mlp_out")
-    steps(block.mlp_site, "")
+    handles += watch_site(block.mlp_site, prefix, "", wanted, give)
     reads(following, "hook_resid_post")
+    return handles
+
+
+def watch_site(
+    site: Site, prefix: str, suffix: str, wanted: set[str], give: Callable[[str, Any], None]
+) -> list[Any]:
+    """Hooks for the points of one site: ``suffix`` is ``"_mid"`` behind attention. They are the caller's to remove."""
+    handles = []
+    streams = f"{prefix}hook_streams{suffix}"
+    kinds = {kind: f"{prefix}hook_{kind}{suffix}" for kind in ("gate", "pool")}
+    if streams in wanted:
+
+        def shown(module: Any, args: Any, result: Any) -> None:
+            parallel = site.streams(result[1])
+            give(streams, None if parallel is None else torch.stack(tuple(parallel), -2))
+
+        handles.append(site.register_forward_hook(shown))
+    if any(name in wanted and kind in site.gate_names for kind, name in kinds.items()):
+
+        def gates(module: Any, args: Any) -> None:
+            for kind, value in zip(site.gate_names, site.gates(*args[:2]), strict=False):
+                if kind is not None:
+                    give(kinds[kind], value)
+
+        handles.append(site.register_forward_pre_hook(gates))
     return handles
 
 

@@ -140,9 +140,7 @@ def _diagnosed(path: Path, args: Diagnose, extent, device) -> "Diagnosis":
 
 def _opened(path: Path, args: Diagnose, device) -> "tuple[Subject, Tensor, str]":
     """The model, ``[N, T]`` ids, and what they are."""
-    import torch
-
-    from ..runs import encode, open_run, read_windows, run_tokenizer, windows_of
+    from ..runs import open_run, read_windows, run_tokenizer
 
     tokens = args.texts * args.length
     source = ", ".join(args.data)
@@ -153,13 +151,7 @@ def _opened(path: Path, args: Diagnose, device) -> "tuple[Subject, Tensor, str]"
             raise UserError("a model of Hugging Face comes without text; give --data")
         subject = HuggingFaceSubject.load(path, device)
         length = min(args.length, subject.max_length)
-        ids = encode(args.data, args.text_field, subject.encode, subject.end_token, tokens)
-        start = subject.start_token
-        if start is None:
-            texts = windows_of(ids, length)
-        else:  # it was trained on texts that begin so
-            texts = windows_of(ids, length - 1)
-            texts = torch.cat([torch.full((len(texts), 1), start), texts], 1)
+        texts = subject.windows(args.data, args.text_field, length, tokens)
     else:
         from .subject import Run
 

@@ -22,6 +22,7 @@ Points have the names of :mod:`depthmix.diagnostics.capture`, and hold:
 
 import contextlib
 import importlib.util
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -45,7 +46,7 @@ PROBE = 8
 
 
 @dataclass(frozen=True)
-class _Parts:
+class Parts:
     """Children of a block that are watched."""
 
     attention: nn.Module
@@ -96,6 +97,8 @@ class HuggingFaceSubject(Subject):
         path = Path(folder)
         where, gguf = _find(path)
         transformers = _transformers(gguf)
+        if not gguf:
+            _register(path)
         wanted = {"local_files_only": True, "trust_remote_code": False}
         weights = {} if gguf else {"use_safetensors": True}
         if gguf:
@@ -132,7 +135,10 @@ class HuggingFaceSubject(Subject):
                     f"{path} {what} {len(names)} of the weights that {type(model).__name__} has by its config.json, "
                     f"{min(names)} for one; save it again, whole, as a causal language model"
                 )
-        return cls(model.to(device), tokenizer, name=path.stem if path.is_file() else path.resolve().name)
+        from ..adapters.subject import AdaptedSubject
+
+        kind = AdaptedSubject if AdaptedSubject.fits(model) else cls
+        return kind(model.to(device), tokenizer, name=path.stem if path.is_file() else path.resolve().name)
 
     # Text
 
@@ -166,6 +172,17 @@ class HuggingFaceSubject(Subject):
             return None
         first = self.tokenizer("a", verbose=False)["input_ids"][:1]
         return first[0] if first == [self.tokenizer.bos_token_id] else None
+
+    def windows(self, data: Sequence[str], text_field: str, length: int, tokens: int) -> Tensor:
+        """``[N, length]`` ids of at most ``tokens`` of the text in ``data``, each beginning as in training."""
+        from ..runs import encode, windows_of
+
+        ids = encode(data, text_field, self.encode, self.end_token, tokens)
+        start = self.start_token
+        if start is None:
+            return windows_of(ids, length)
+        texts = windows_of(ids, length - 1)
+        return torch.cat([torch.full((len(texts), 1), start), texts], 1)
 
     # Depth
 
@@ -217,16 +234,21 @@ class HuggingFaceSubject(Subject):
         captured = Captured(self.n_layer, self.residual)
         take, handles, shape = to or captured._take, [], []
 
-        def give(name: str, value: Tensor) -> None:
+        def show(name: str, value: Tensor | None) -> None:
             # Where a stand-in has the block's place, nothing passes.
-            if not self._stepping:
-                # OPT computes with [B * T, D] inside of its blocks.
-                take(name, value.detach().reshape(shape))
+            if not self._stepping and value is not None and name in wanted:
+                take(name, value.detach())
 
-        def reads(module, name):
+        def give(name: str, value: Tensor | tuple) -> None:
+            while isinstance(value, tuple):  # the state of a connection goes with it
+                value = value[0]
+            # OPT computes with [B * T, D] inside of its blocks.
+            show(name, value.reshape(shape))
+
+        def reads(module, name, made=lambda x: x):
             if name in wanted:
                 hook = module.register_forward_pre_hook(
-                    lambda m, args, kwargs: give(name, _first(args, kwargs)), with_kwargs=True
+                    lambda m, args, kwargs: give(name, made(_first(args, kwargs))), with_kwargs=True
                 )
                 handles.append(hook)
 
@@ -242,16 +264,25 @@ class HuggingFaceSubject(Subject):
             reads(self.blocks[0], "hook_embed")
             for i, (block, parts) in enumerate(zip(self.blocks, self._parts, strict=True)):
                 prefix = f"blocks.{i}.hook_"
-                reads(block, prefix + "resid_pre")
+                reads(block, prefix + "resid_pre", self._read_of_embedding if i == 0 else lambda x: x)
                 writes(parts.attention, prefix + "attn_out")
                 if parts.middle is not None:
                     reads(parts.middle, prefix + "resid_mid")
                 writes(parts.mlp, prefix + "mlp_out")
                 writes(block, prefix + "resid_post")
+                handles += self._watch(i, wanted, show)
             yield captured
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _read_of_embedding(self, x: Tensor) -> Tensor:
+        """What block 0 reads of what enters it."""
+        return x
+
+    def _watch(self, index: int, wanted: set[str], take) -> list:
+        """Hooks for more points of block ``index``."""
+        return []
 
     @contextlib.contextmanager
     def _standing_in(self, calls: list, result: Tensor | None = None):
@@ -299,7 +330,8 @@ class HuggingFaceSubject(Subject):
         for i, trace in enumerate(traces):
             if "" not in trace:
                 raise self._refusal(i, "does not run")
-        self._tuples = isinstance(traces[0][""][1], tuple)
+        # The last one: a connection's state goes between blocks as a tuple.
+        self._tuples = isinstance(traces[-1][""][1], tuple)
         self._parts = [self._find_parts(i, trace) for i, trace in enumerate(traces)]
         if any(parts.middle is None for parts in self._parts):
             self.detail += ", attention and MLP in parallel"
@@ -316,10 +348,10 @@ class HuggingFaceSubject(Subject):
                 f"logits than as a whole, so its blocks hand on more than the residual stream"
             )
 
-    def _find_parts(self, index: int, trace: dict) -> _Parts:
+    def _find_parts(self, index: int, trace: dict) -> Parts:
         block = self.blocks[index]
         names = find_parts(trace, lambda why: self._refusal(index, why))
-        return _Parts(*(None if name is None else block.get_submodule(name) for name in names))
+        return Parts(*(None if name is None else block.get_submodule(name) for name in names))
 
     def _refusal(self, index: int, why: str) -> UserError:
         return UserError(
@@ -402,6 +434,22 @@ def _transformers(gguf: str | None):
     import transformers
 
     return transformers
+
+
+def _register(folder: Path) -> None:
+    """Make an adapted model's type known to transformers, if the folder holds one."""
+    try:
+        kind = str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # transformers says what is wrong with it
+    if kind == "depthmix":
+        raise UserError(
+            f"{folder} holds a model that depthmix exported; bring it back with `depthmix import {folder} --out RUN` "
+            f"and name RUN"
+        )
+    from ..adapters.huggingface import register_type
+
+    register_type(kind)
 
 
 def _has_tokenizer(folder: Path) -> bool:

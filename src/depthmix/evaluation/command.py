@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +10,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from .. import flags
 from ..errors import UserError
+from .progress import Progress
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class Eval:
     full context everywhere. Default: half of the context."""
     text_field: str = "text"
     """Field that holds the text in .jsonl and .parquet."""
+    tokens: int | None = None
+    """With --text: score its first so many tokens alone, as if it ended there. Default: all."""
     batch_size: int = 16
     """Sequences of a forward pass."""
     truncate: FlagCreatePairsOff[bool] = False
@@ -61,7 +63,7 @@ def main(argv: list[str]) -> int:
     names = [name for words in args.tasks for name in words.split(",") if name]
     if not names and not args.text:
         raise UserError("nothing to do: name --tasks, for example --tasks continuation, or a --text")
-    for flag in ("fewshot", "limit", "max_new_tokens"):
+    for flag in ("fewshot", "limit", "max_new_tokens", "tokens"):
         value = getattr(args, flag)
         if value is not None and value < (0 if flag == "fewshot" else 1):
             raise UserError(f"--{flag.replace('_', '-')} must not be that small: {value}")
@@ -73,7 +75,7 @@ def main(argv: list[str]) -> int:
     from ..report.write import write_atomically
     from ..runs import open_run, run_tokenizer
 
-    texts = _documents(args.text, args.text_field) if args.text else None
+    texts = Documents(args.text, args.text_field) if args.text else None
     run = open_run(Path(args.run), find_device(args.device))
     tokenizer = run_tokenizer(run.folder)
     checkpoint = checkpoint_at(Path(args.run))
@@ -89,19 +91,28 @@ def main(argv: list[str]) -> int:
     if texts is not None:
         from .perplexity import perplexity
 
-        found = perplexity(
-            run.model, tokenizer, texts, context=args.context, stride=args.stride, batch_size=args.batch_size,
-            told=_telling(),
-        )  # fmt: skip
+        with Progress("text") as progress:
+            found = perplexity(
+                run.model, tokenizer, texts, context=args.context, stride=args.stride, tokens=args.tokens,
+                batch_size=args.batch_size,
+                told=lambda tokens, size: progress.show(
+                    texts.share(size) if args.tokens is None else max(tokens / args.tokens, texts.share(size)),
+                    tokens, "tokens",
+                ),
+            )  # fmt: skip
         values["text"] = {"files": [*args.text], **found.to_dict()}
     if names:
         from .harness import DepthmixLM, run_tasks
 
-        model = DepthmixLM(run.model, tokenizer, batch_size=args.batch_size, truncate=args.truncate)
-        values["tasks"] = run_tasks(
-            model, names, include_path=args.include_path, num_fewshot=args.fewshot, limit=args.limit,
-            max_new_tokens=args.max_new_tokens,
-        )  # fmt: skip
+        with Progress("tasks") as progress:
+            model = DepthmixLM(
+                run.model, tokenizer, batch_size=args.batch_size, truncate=args.truncate,
+                told=lambda done, total: progress.show(done / total, done, "requests"),
+            )  # fmt: skip
+            values["tasks"] = run_tasks(
+                model, names, include_path=args.include_path, num_fewshot=args.fewshot, limit=args.limit,
+                max_new_tokens=args.max_new_tokens,
+            )  # fmt: skip
     _print(values)
     out = args.out or run.folder / "evaluation" / f"{checkpoint.name}-{_label(names, args.text)}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -121,35 +132,51 @@ def _label(names: list[str], texts: tuple[str, ...]) -> str:
     return label
 
 
-def _documents(paths: tuple[str, ...], text_field: str):
-    """Texts of the files, a ``.txt`` or a file of unknown ending whole. What is missing is refused at once."""
-    from ..data.sources import FileSource, Reading, _endings, find_sources
+class Documents:
+    """Texts of the files, one after the other; a ``.txt`` or a file of unknown ending whole.
 
-    sources = []
-    for given in paths:
-        path = Path(given).expanduser()
-        if path.is_file() and _endings(path) is None:
-            status = path.stat()
-            sources.append(FileSource(path, ".txt", "", status.st_size, status.st_mtime_ns, text_field))
-        else:
-            sources += find_sources((given,), text_field)
+    Raises ``UserError`` at once for what is missing.
+    """
 
-    def documents():
-        for source in sources:
-            found = (block.documents() for block in source.blocks(Reading()))
-            if source.format == ".txt":
-                yield "".join(text for part in found for _, text in part)
+    def __init__(self, paths: tuple[str, ...], text_field: str):
+        from ..data.sources import FileSource, _endings, find_sources
+
+        self._sources = []
+        for given in paths:
+            path = Path(given).expanduser()
+            if path.is_file() and _endings(path) is None:
+                status = path.stat()
+                self._sources.append(
+                    FileSource(path, ".txt", "", status.st_size, status.st_mtime_ns, text_field)
+                )
             else:
-                yield from (text for part in found for _, text in part)
+                self._sources += find_sources((given,), text_field)
+        self._size = sum(source.size for source in self._sources)
+        self._before, self._reading, self._known = 0, None, 0
 
-    return documents()
+    def __iter__(self):
+        from ..data.sources import Reading
+        from ..data.tokenizers import to_utf8
 
+        for source in self._sources:
+            self._reading = Reading()
+            whole = []
+            for block in source.blocks(self._reading):
+                texts = [text for _, text in block.documents()]
+                self._known += sum(len(to_utf8(text)) for text in texts)
+                if source.format == ".txt":
+                    whole += texts
+                else:
+                    yield from texts
+            self._before += source.size
+            self._reading = None
+            if whole:
+                yield "".join(whole)
 
-def _telling():
-    """Prints the tokens scored to a terminal."""
-    if not sys.stderr.isatty():
-        return None
-    return lambda tokens: print(f"\r{tokens:,} tokens", end="", file=sys.stderr, flush=True)
+    def share(self, size: float) -> float:
+        """Of all text, 0 to 1, where ``size`` bytes of it are done. A guess while files are left, by their sizes."""
+        read = self._before + (self._reading.bytes if self._reading else 0)
+        return 0.0 if not self._known else size / self._known * min(1.0, read / max(1, self._size))
 
 
 def _print(values: dict) -> None:

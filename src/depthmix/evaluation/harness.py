@@ -6,15 +6,17 @@ beginning of its context is left out, and how often is part of the result.
 
 import copy
 import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from ..data.tokenizers import Tokenizer
 from ..errors import RunError, UserError, suggest
-from ..generation import generate
-from .perplexity import Perplexity, perplexity
+from ..generation import Sampling, generate
+from ..model import GPT
+from .perplexity import perplexity
 from .score import score
 
 try:
@@ -27,14 +29,33 @@ DEFAULT_NEW_TOKENS = 256
 """As in lm-eval, for a task that does not say ``max_gen_toks``."""
 
 
+@dataclass(frozen=True)
+class _Continuation:
+    """What is asked of a prompt; prompts of which the same is asked share batches."""
+
+    tokens: int
+    until: tuple[str, ...]
+    sampling: Sampling
+
+
 class DepthmixLM(TemplateLM):
-    """``model`` and ``tokenizer`` for :func:`lm_eval.simple_evaluate`."""
+    """``model`` and ``tokenizer`` for :func:`lm_eval.simple_evaluate`.
+
+    ``told`` is given how many requests of one kind are done, and how many there are.
+    """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Tokenizer, *, batch_size: int = 16, truncate: bool = False
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        *,
+        batch_size: int = 16,
+        truncate: bool = False,
+        told: Callable[[int, int], None] | None = None,
     ):
         super().__init__()
         self.model, self.words, self.batch_size, self.truncate = model, tokenizer, batch_size, truncate
+        self.told = told or (lambda done, total: None)
         self.context = model.config.seq_len
         self.truncated = 0
         """Requests whose context was cut."""
@@ -78,7 +99,12 @@ class DepthmixLM(TemplateLM):
         self._cut(long, len(pairs))
         return [
             (float(logs.sum()), greedy)
-            for logs, greedy in score(self.model, fitting, batch_size=self.batch_size)
+            for logs, greedy in score(
+                self.model,
+                fitting,
+                batch_size=self.batch_size,
+                told=lambda done: self.told(done, len(fitting)),
+            )
         ]
 
     def _cut(self, count: int, total: int) -> None:
@@ -91,55 +117,64 @@ class DepthmixLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         """``log p(text)``, each token once; windows move by a whole context, as lm-eval's own models do."""
-        found: list[Perplexity | None] = [
-            perplexity(
-                self.model, self.words, [text], stride=self.context, batch_size=self.batch_size
-            ) if text else None
-            for (text,) in (request.args for request in requests)
-        ]  # fmt: skip
-        return [0.0 if one is None else -one.nats for one in found]
+        found = []
+        for (text,) in (request.args for request in requests):
+            nats = 0.0
+            if text:
+                nats = perplexity(
+                    self.model, self.words, [text], stride=self.context, batch_size=self.batch_size
+                ).nats
+            found.append(-nats)
+            self.told(len(found), len(requests))
+        return found
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """Continuations up to the first of ``until``, greedy unless ``do_sample`` and a temperature say otherwise."""
-        wanted, long = [], 0
+        groups: dict[_Continuation, list[tuple[int, list[int]]]] = {}
+        long = 0
         for place, (prompt, options) in enumerate(request.args for request in requests):
-            options = dict(options)
-            until = options.pop("until", [])
-            count = options.pop("max_gen_toks", options.pop("max_new_tokens", DEFAULT_NEW_TOKENS))
-            sample = options.pop("do_sample", None)
-            temperature = options.pop("temperature", 1.0 if sample else 0.0) if sample is not False else 0.0
+            asked = self._asked(dict(options))
             ids = self.tok_encode(prompt) or [self.eot_token_id]
-            if count > self.context:
-                raise UserError(
-                    f"the task generates up to {count} tokens, and the model's context is {self.context}; lower it "
-                    f"with --max-new-tokens"
-                )
-            room = self.context + 1 - count
+            room = self.context + 1 - asked.tokens
             long += len(ids) > room
-            until = tuple(filter(None, [until] if isinstance(until, str) else until or []))
-            keep = (count, until, temperature, options.pop("top_k", None), options.pop("top_p", None))
-            wanted.append((place, ids[-room:], keep))
+            groups.setdefault(asked, []).append((place, ids[-room:]))
         self._cut(long, len(requests))
-        found = [""] * len(wanted)
-        # Prompts of one length and with one set of options share a batch.
-        groups: dict[tuple, list[tuple[int, list[int]]]] = {}
-        for place, ids, options in wanted:
-            groups.setdefault((len(ids), options), []).append((place, ids))
-        for (_, options), members in groups.items():
+        found, done = [""] * len(requests), 0
+        for asked, members in groups.items():
+            members.sort(key=lambda member: -len(member[1]))
             for first in range(0, len(members), self.batch_size):
                 part = members[first : first + self.batch_size]
-                texts = self._generate([ids for _, ids in part], *options)
+                texts = self._continue([ids for _, ids in part], asked)
                 for (place, _), text in zip(part, texts, strict=True):
                     found[place] = text
+                done += len(part)
+                self.told(done, len(requests))
         return found
 
-    def _generate(self, prompts: list[list[int]], count: int, until, temperature, top_k, top_p) -> list[str]:
+    def _asked(self, options: dict) -> _Continuation:
+        until = options.pop("until", None) or ()
+        tokens = options.pop("max_gen_toks", options.pop("max_new_tokens", DEFAULT_NEW_TOKENS))
+        sample = options.pop("do_sample", None)
+        temperature = options.pop("temperature", 1.0 if sample else 0.0) if sample is not False else 0.0
+        if tokens > self.context:
+            raise UserError(
+                f"the task generates up to {tokens} tokens, and the model's context is {self.context}; lower it "
+                f"with --max-new-tokens"
+            )
+        sampling = Sampling(
+            temperature, options.pop("top_k", None), options.pop("top_p", None), self.words.vocab_size
+        )
+        return _Continuation(
+            tokens, tuple(filter(None, [until] if isinstance(until, str) else until)), sampling
+        )
+
+    def _continue(self, prompts: list[list[int]], asked: _Continuation) -> list[str]:
         rows: list[list[int]] = [[] for _ in prompts]
         texts = [""] * len(prompts)
         done = [False] * len(prompts)
         steps = generate(
-            self.model, torch.tensor(prompts), count, temperature=temperature, top_k=top_k, top_p=top_p, seed=0,
-            end_token=self.eot_token_id, vocab_size=self.words.vocab_size,
+            self.model, [torch.tensor(ids) for ids in prompts], asked.tokens, seed=0,
+            end_token=self.eot_token_id, **asdict(asked.sampling),
         )  # fmt: skip
         for step in steps:
             for row, token in enumerate(step.tolist()):
@@ -150,11 +185,11 @@ class DepthmixLM(TemplateLM):
                     continue
                 rows[row].append(token)
                 texts[row] = self.words.decode(rows[row])
-                done[row] = any(stop in texts[row] for stop in until)
+                done[row] = any(stop in texts[row] for stop in asked.until)
             if all(done):
                 break
         for row, text in enumerate(texts):
-            cuts = [at for at in (text.find(stop) for stop in until) if at >= 0]
+            cuts = [at for at in (text.find(stop) for stop in asked.until) if at >= 0]
             texts[row] = text[: min(cuts)] if cuts else text
         return texts
 

@@ -7,15 +7,17 @@ is predicted from the end token alone, as in training; the end token behind a do
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
-from torch import nn
 
 from ..data.tokenizers import Tokenizer, to_utf8
 from ..errors import UserError
-from .score import score, windows
+from ..model import GPT
+from .score import log_probabilities, longest_first, windows
 
 WINDOWS_AT_ONCE = 256
 
@@ -32,6 +34,8 @@ class Perplexity:
     words: int
     context: int
     stride: int
+    limit: int | None = None
+    """Tokens asked for at most."""
 
     @property
     def loss(self) -> float:
@@ -62,21 +66,23 @@ class Perplexity:
 
 
 def perplexity(
-    model: nn.Module,
+    model: GPT,
     tokenizer: Tokenizer,
     documents: Iterable[str],
     *,
     context: int | None = None,
     stride: int | None = None,
+    tokens: int | None = None,
     batch_size: int = 16,
-    told: Callable[[int], None] | None = None,
+    told: Callable[[int, float], None] | None = None,
 ) -> Perplexity:
     """Score every token of ``documents`` once.
 
     ``context``: tokens that a window reads, at most and by default the model's. ``stride``: tokens by which it moves
     on, by default half of it: every token but a document's first ones is then predicted from at least
-    ``context - stride`` before it. A smaller stride costs more and lowers the loss. ``told`` is given the tokens
-    scored so far.
+    ``context - stride`` before it. A smaller stride costs more and lowers the loss. ``tokens``: the first so many of
+    all documents alone, as if the text ended there. ``told`` is given the tokens scored so far, and the bytes of text
+    that they are.
 
     Raises ``UserError`` for a window that does not fit the model, a stride that leaves tokens out, no text.
     """
@@ -87,31 +93,61 @@ def perplexity(
     stride = max(1, context // 2) if stride is None else stride
     if not 1 <= stride <= context:
         raise UserError(f"stride must be from 1 to the window's {context} tokens, got {stride}")
-    nats, counts = 0.0, dict.fromkeys(("documents", "tokens", "bytes", "words"), 0)
-    held: list[tuple[np.ndarray, np.ndarray]] = []
-
-    def run(keep: int) -> None:
-        nonlocal nats
-        while len(held) > keep:
-            part = held[:WINDOWS_AT_ONCE]
-            del held[:WINDOWS_AT_ONCE]
-            for logs, _ in score(model, part, batch_size=batch_size):
-                nats -= float(logs.sum())
-                counts["tokens"] += len(logs)
+    if tokens is not None and tokens < 1:
+        raise UserError(f"tokens must be at least 1, got {tokens}")
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")
+    text = _Text(tokenizer, documents, context, stride, tokens)
+    stream, nats, scored, scored_bytes = text.windows(), 0.0, 0, 0.0
+    while part := list(islice(stream, WINDOWS_AT_ONCE)):
+        for places in longest_first([window.ids for window in part], batch_size):
+            batch = [part[place] for place in places]
+            logs, _ = log_probabilities(model, [w.ids for w in batch], [w.first for w in batch])
+            nats -= float(logs.sum())
+            scored += len(logs)
+            scored_bytes += sum(window.bytes for window in batch)
             if told is not None:
-                told(counts["tokens"])
-
-    for text in documents:
-        if not text:
-            continue
-        counts["documents"] += 1
-        counts["bytes"] += len(to_utf8(text))
-        counts["words"] += len(text.split())
-        ids = np.concatenate([[tokenizer.end_token], tokenizer.encode_array(text).astype(np.int64)])
-        for begin, first, end in windows(len(ids), context, stride):
-            held.append((ids[begin:first], ids[first:end]))
-        run(WINDOWS_AT_ONCE)
-    run(0)
-    if not counts["tokens"]:
+                told(scored, scored_bytes)
+    if not scored:
         raise UserError("there is no text to score: every document is empty")
-    return Perplexity(nats, **counts, context=context, stride=stride)
+    return Perplexity(
+        nats, text.documents, scored, text.bytes, text.words, context=context, stride=stride, limit=tokens
+    )
+
+
+class _Window(NamedTuple):
+    ids: np.ndarray
+    first: int
+    """Place in ``ids`` of the first that is scored."""
+    bytes: float
+    """Of text that is scored, by its share of the document's tokens."""
+
+
+class _Text:
+    """Windows over documents, and what was read for them."""
+
+    def __init__(self, tokenizer, documents, context, stride, tokens):
+        self.tokenizer, self.given, self.left = tokenizer, documents, tokens
+        self.context, self.stride = context, stride
+        self.documents = self.bytes = self.words = 0
+
+    def windows(self) -> Iterator[_Window]:
+        """``bytes``, ``words`` and ``documents`` count what was read for the windows so far."""
+        for text in filter(None, self.given):
+            ids = self.tokenizer.encode_array(text)
+            raw = to_utf8(text)
+            if self.left is not None:
+                if len(ids) > self.left:
+                    ids = ids[: self.left]
+                    raw = self.tokenizer.decode_bytes(ids.tolist())
+                    text = raw.decode(errors="replace")
+                self.left -= len(ids)
+            self.documents += 1
+            self.bytes += len(raw)
+            self.words += len(text.split())
+            each = len(raw) / max(1, len(ids))
+            ids = np.concatenate([[self.tokenizer.end_token], ids.astype(np.int64)])
+            for begin, first, end in windows(len(ids), self.context, self.stride):
+                yield _Window(ids[begin:end], first - begin, (end - first) * each)
+            if self.left == 0:
+                return

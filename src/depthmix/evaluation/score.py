@@ -1,17 +1,21 @@
 """Log-probabilities of given continuations, in batches of unequal length."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
-from torch import nn
+import torch.nn.functional as F
 
 from ..errors import UserError
+from ..model import GPT
+from ..ops.reference import compute_dtype
+
+LOGITS_AT_ONCE = 1 << 25
+"""Logits that are held at a time: 128 MiB in fp32."""
 
 
-@torch.inference_mode()
 def score(
-    model: nn.Module,
+    model: GPT,
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
     *,
     batch_size: int = 16,
@@ -20,9 +24,7 @@ def score(
     """``log p(continuation[i] | context, continuation[:i])`` of every ``(context, continuation)`` of ids.
 
     Returns for each pair, in their order, the natural logarithms as float64 ``[len(continuation)]``, and whether
-    every token of the continuation was the likeliest. Softmax in fp32, over all rows of the embedding, as in
-    training. The longest come first, so that what does not fit into the memory shows at once; shorter ones are filled
-    up at the end, which no earlier position sees. ``told`` is given the number of pairs that are done.
+    every token of the continuation was the likeliest. ``told`` is given the number of pairs that are done.
 
     Raises ``UserError`` for an empty context, and for a pair that is longer than the model's context.
     """
@@ -37,27 +39,62 @@ def score(
                 f"pair {place} has {len(before)} + {len(after)} tokens; with the last one not read they must fit the "
                 f"model's context of {context}"
             )
-    device = model.embed.weight.device
+    rows = [np.array([*before, *after], dtype=np.int64) for before, after in pairs]
     found: list = [None] * len(pairs)
-    order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
-    for first in range(0, len(order), batch_size):
-        places = order[first : first + batch_size]
-        rows = [[*pairs[place][0], *pairs[place][1]] for place in places]
-        ids = torch.zeros(len(rows), max(map(len, rows)) - 1 or 1, dtype=torch.long)
-        for row, tokens in enumerate(rows):
-            ids[row, : len(tokens) - 1] = torch.tensor(tokens[:-1], dtype=torch.long)
-        logits = model(ids.to(device))
-        for row, place in enumerate(places):
-            before, after = pairs[place]
-            wanted = torch.tensor([*after], dtype=torch.long, device=device)
-            part = logits[row, len(before) - 1 : len(before) - 1 + len(after)]
-            part = part.to(torch.promote_types(part.dtype, torch.float32))
-            logs = part.log_softmax(-1).gather(-1, wanted[:, None])[:, 0]
-            greedy = bool((part.argmax(-1) == wanted).all())
-            found[place] = (logs.double().cpu().numpy(), greedy)
+    done = 0
+    for places in longest_first(rows, batch_size):
+        first = [len(pairs[place][0]) for place in places]
+        logs, likeliest = log_probabilities(model, [rows[place] for place in places], first, likeliest=True)
+        ends = np.cumsum([len(pairs[place][1]) for place in places])[:-1]
+        for place, own, best in zip(places, np.split(logs, ends), np.split(likeliest, ends), strict=True):
+            found[place] = (own, bool(best.all()))
+        done += len(places)
         if told is not None:
-            told(min(first + batch_size, len(order)))
+            told(done)
     return found
+
+
+def longest_first(rows: Sequence[np.ndarray], batch_size: int) -> Iterator[list[int]]:
+    """Places of ``rows`` in batches. What does not fit into the memory shows at once, and little is filled up."""
+    order = sorted(range(len(rows)), key=lambda place: -len(rows[place]))
+    for begin in range(0, len(order), batch_size):
+        yield order[begin : begin + batch_size]
+
+
+@torch.inference_mode()
+def log_probabilities(
+    model: GPT, rows: Sequence[np.ndarray], first: Sequence[int], *, likeliest: bool = False
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """``ln p(row[i] | row[:i])`` for i from ``first`` on, of one batch: row after row, float64.
+
+    The second is whether each token was the likeliest, where that is asked for. Softmax in fp32, over all rows of the
+    embedding, as in training. Shorter rows are filled up at the end, which no earlier position sees; the head is
+    applied where something is predicted, and nowhere else.
+    """
+    device = model.embed.weight.device
+    longest = max(1, max(map(len, rows)) - 1)
+    ids = np.zeros((len(rows), longest), dtype=np.int64)
+    for place, row in enumerate(rows):
+        ids[place, : len(row) - 1] = row[:-1]
+    wanted = np.concatenate([row[begin:] for row, begin in zip(rows, first, strict=True)])
+    places = [
+        np.arange(begin - 1, len(row) - 1) + place * longest
+        for place, (row, begin) in enumerate(zip(rows, first, strict=True))
+    ]
+    hidden = model.hidden(torch.from_numpy(ids).to(device)).flatten(0, 1)
+    hidden = hidden[torch.from_numpy(np.concatenate(places)).to(device)]
+    targets = torch.from_numpy(wanted).to(device)
+    logs = torch.empty(len(wanted), dtype=torch.float64, device=device)
+    best = torch.empty(len(wanted), dtype=torch.bool, device=device) if likeliest else None
+    step = max(1, LOGITS_AT_ONCE // model.embed.num_embeddings)
+    for begin in range(0, len(wanted), step):
+        part = slice(begin, begin + step)
+        logits = F.linear(hidden[part], model.embed.weight)
+        logits = logits.to(compute_dtype(logits.dtype))
+        logs[part] = -F.cross_entropy(logits, targets[part], reduction="none").double()
+        if best is not None:
+            best[part] = logits.argmax(-1) == targets[part]
+    return logs.cpu().numpy(), None if best is None else best.cpu().numpy()
 
 
 def windows(length: int, context: int, stride: int) -> Iterable[tuple[int, int, int]]:

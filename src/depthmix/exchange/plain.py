@@ -21,8 +21,8 @@ def make_config(values):
     """The fields of a model's configuration that build it. Streams are kept for the backward pass as they are."""
     made = SimpleNamespace(**{name: getattr(values, name) for name in FIELDS})
     made.stream_memory = "store"
-    made.n_sublayers, made.head_dim = 2 * values.n_layer, values.head_dim
-    made.attention_width = values.n_head * values.head_dim
+    made.n_sublayers = 2 * values.n_layer
+    made.head_dim, made.attention_width = values.head_dim, values.attention_width
     return made
 
 

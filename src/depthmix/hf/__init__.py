@@ -8,6 +8,7 @@
     model = AutoModelForCausalLM.from_pretrained("exported")    # what `depthmix export RUN --to hf` wrote
     tokenizer = AutoTokenizer.from_pretrained("exported")
 
+What :func:`depthmix.adapt` made and ``save_pretrained`` wrote is known too (:mod:`depthmix.adapters.huggingface`).
 No code comes from the folder. Needs the extra ``hf``; ``import depthmix`` alone never loads transformers.
 """
 
@@ -21,6 +22,7 @@ if importlib.util.find_spec("transformers") is None:
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from ..adapters import huggingface  # noqa: F401  (registers adapted models)
 from .configuration import DepthmixConfig
 from .modeling import DepthmixForCausalLM, DepthmixModel
 

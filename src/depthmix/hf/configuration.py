@@ -4,11 +4,11 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ..config import GPTConfig
+from ..config import AttentionSizes, GPTConfig
 from ..exchange.fields import FIELDS, LIMITS, make_config
 
 
-class DepthmixConfig(PreTrainedConfig):
+class DepthmixConfig(AttentionSizes, PreTrainedConfig):
     """``config.json`` of an exported model. Every field of :class:`depthmix.GPTConfig` is an attribute here.
 
     ``hidden_size``, ``num_hidden_layers``, ``num_attention_heads`` and ``max_position_embeddings`` are other names of
@@ -91,16 +91,6 @@ class DepthmixConfig(PreTrainedConfig):
     def gpt(self) -> GPTConfig:
         """The :class:`depthmix.GPTConfig` of the model."""
         return make_config(self)
-
-    @property
-    def head_dim(self) -> int:
-        """Features of one attention head."""
-        return self.d_model // self.n_head if self.head_size is None else self.head_size
-
-    @property
-    def attention_width(self) -> int:
-        """Features of all heads together."""
-        return self.n_head * self.head_dim
 
     @property
     def num_key_value_heads(self) -> int:

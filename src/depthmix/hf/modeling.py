@@ -22,7 +22,7 @@ from transformers.utils import can_return_tuple
 
 from ..errors import UserError
 from ..functional import read_depth_memory
-from ..model import MLP, Attention, Block, RMSNorm
+from ..model import MLP, Attention, Block, RMSNorm, check_room
 from ..residuals import build_residual
 from ..residuals.base import Residual, State
 from .configuration import DepthmixConfig
@@ -242,9 +242,11 @@ class DepthmixModel(DepthmixPreTrainedModel):
         x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
         T = x.shape[1]
         before = 0 if past_key_values is None else past_key_values.get_seq_length()
+        every_token_counts = position_ids is None and attention_mask is None
         if position_ids is None:
             position_ids = count_positions(attention_mask, before, T, x.device)
-        self._check_context(before, T, position_ids)
+        self._check_cache(past_key_values)
+        self._check_context(before, T, position_ids, every_token_counts)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=x,
@@ -316,17 +318,36 @@ class DepthmixModel(DepthmixPreTrainedModel):
             dtype = torch.get_autocast_dtype(device.type)
         return tuple(table.float().to(dtype) for table in (angle.cos(), angle.sin()))
 
-    def _check_context(self, before: int | Tensor, tokens: int, position_ids: Tensor) -> None:
-        """Raise ``ValueError`` where a token would stand behind the last place that the model was trained for."""
-        if torch.compiler.is_compiling() or position_ids.is_meta:
-            return
+    def _check_cache(self, cache: Cache | None) -> None:
+        """Raise ``ValueError`` for a cache of fixed size with room beyond the context, also before a graph is made.
+
+        What is behind the room of such a cache is refused by itself; within it, a graph could not tell where it is.
+        """
+        room = -1 if cache is None or not cache.is_compileable else cache.get_max_length()
+        if room > self.config.seq_len:
+            raise UserError(
+                f"a cache with room for {room} tokens does not fit the model's context of {self.config.seq_len}; make "
+                f"it with max_cache_len={self.config.seq_len} or less"
+            )
+
+    def _check_context(self, before, tokens: int, position_ids: Tensor, every_token_counts: bool) -> None:
+        """Raise ``ValueError`` where a token would stand behind the last place that the model was trained for.
+
+        While a graph is made, by what is known without looking at values: lengths, where no padding is left out.
+        """
         context = self.config.seq_len
         # The length of a static cache is a tensor, on a device that one would have to wait for.
         if not isinstance(before, Tensor) and before + tokens <= context:
             return
-        if isinstance(before, Tensor) and before.device.type != "cpu" and tokens == 1:
+        if torch.compiler.is_compiling() or position_ids.is_meta:
+            if isinstance(before, Tensor) or not every_token_counts:
+                return
+            end = before + tokens
+        elif isinstance(before, Tensor) and before.device.type != "cpu" and tokens == 1:
             return
-        if (end := int(position_ids.max()) + 1) > context:
+        else:
+            end = int(position_ids.max()) + 1
+        if end > context:
             raise UserError(
                 f"{end} tokens do not fit the model's context of {context}; shorten the text, or let the tokenizer "
                 f"cut it (truncation=True)"
@@ -420,11 +441,4 @@ class DepthmixForCausalLM(DepthmixPreTrainedModel, GenerationMixin):
 
     def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length):
         super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
-        context = self.config.seq_len
-        # The last new token is not read again, hence the one.
-        if generation_config.max_length > context + 1:
-            raise UserError(
-                f"a prompt of {input_ids_length} tokens and {generation_config.max_length - input_ids_length} new ones "
-                f"do not fit the model's context of {context}; shorten the prompt, or generate at most "
-                f"{max(0, context + 1 - input_ids_length)} tokens"
-            )
+        check_room(input_ids_length, generation_config.max_length - input_ids_length, self.config.seq_len)

@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("transformers")
 
 import transformers
+from families import FAMILIES, LAYERS, PARALLEL, V, build, config_of, moved
 
 import depthmix
 from depthmix import adapt, available_residuals
@@ -23,80 +24,13 @@ from depthmix.optim import build_optimizer, decay_groups, parameter_groups
 
 pytestmark = pytest.mark.hf
 
-V, LAYERS, T = 97, 3, 11
-LLAMA = dict(
-    vocab_size=V,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=LAYERS,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    bos_token_id=None,
-    eos_token_id=0,
-    pad_token_id=0,
-)
-GPT2 = dict(
-    vocab_size=V,
-    n_embd=32,
-    n_layer=LAYERS,
-    n_head=4,
-    n_positions=64,
-    bos_token_id=None,
-    eos_token_id=0,
-    pad_token_id=0,
-)
-WINDOW = dict(sliding_window=4, layer_types=["full_attention", "sliding_attention", "full_attention"])
-FAMILIES = {
-    "llama": ("Llama", LLAMA),
-    "smollm2": ("Llama", dict(LLAMA, tie_word_embeddings=True, num_key_value_heads=1)),
-    "qwen2": ("Qwen2", dict(LLAMA, use_sliding_window=True, **WINDOW)),
-    "qwen3": ("Qwen3", dict(LLAMA, head_dim=8)),
-    "gpt2": ("GPT2", GPT2),
-    "mistral": ("Mistral", dict(LLAMA, sliding_window=4)),
-    "gemma": ("Gemma", dict(LLAMA, head_dim=8)),
-    # Norms behind the sublayers, capped logits.
-    "gemma2": ("Gemma2", dict(LLAMA, head_dim=8, final_logit_softcapping=0.3, **WINDOW)),
-    "gemma3": ("Gemma3Text", dict(LLAMA, head_dim=8, **WINDOW)),
-    # No norm before the MLP.
-    "olmo2": ("Olmo2", LLAMA),
-    "opt": ("OPT", dict(LLAMA, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0)),
-    "mixtral": ("Mixtral", dict(LLAMA, num_local_experts=4)),
-    "gpt-neox": ("GPTNeoX", LLAMA),
-    "phi": ("Phi", LLAMA),
-}
-PARALLEL = {"gpt-neox", "phi"}
+T = 11
+ADAPTED = [name for name in FAMILIES if name not in ("gpt-neox-sequential", "cohere", "gptj")]
 JOINED = [name for name in available_residuals() if name != "moda"]
 CONTINUED = [name for name in JOINED if name != "siamese"]
 
-every_family = pytest.mark.parametrize("family", FAMILIES)
+every_family = pytest.mark.parametrize("family", ADAPTED)
 every_residual = pytest.mark.parametrize("residual", JOINED)
-
-
-def config_of(family="llama", **changes):
-    kind, options = FAMILIES[family]
-    return getattr(transformers, kind + "Config")(**(options | changes))
-
-
-def build(family="llama", seed=0, size=8.0, **changes):
-    """As from_config draws them, sublayers write next to nothing: their matrices are made larger."""
-    torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config_of(family, **changes), dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(size)
-    return model.eval()
-
-
-def moved(model, seed=1, size=0.2):
-    """The same model with every parameter of the connection away from where it starts."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for owner in huggingface.connection_modules(huggingface.find_blocks(model)):
-            for p in owner.parameters():
-                p.add_(torch.randn(p.shape, generator=generator) * size)
-    return model
 
 
 def tokens(batch=2, length=T, seed=2):
@@ -250,6 +184,19 @@ def test_without_depthmix_it_is_refused_and_not_half_loaded(tmp_path):
     code = f"import transformers; transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.returncode == 1 and "depthmix-llama" in ran.stderr
+
+
+def test_one_import_is_enough(tmp_path):
+    model = moved(adapt(config_of("qwen3"), "mgr-competitive", n_streams=2)).eval()
+    model.save_pretrained(tmp_path)
+    code = (
+        f"import depthmix.hf, torch, transformers\n"
+        f"model = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})\n"
+        f"print(model(input_ids=torch.tensor({tokens().tolist()})).logits.double().sum().item())"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert float(ran.stdout) == model(input_ids=tokens()).logits.double().sum().item()
 
 
 def test_the_start_of_a_new_model_is_that_of_transformers():
@@ -504,6 +451,12 @@ def test_dropout_in_a_block_itself_is_refused():
         torch.manual_seed(3)
         logits.append(model.train()(input_ids=ids).logits)
     assert torch.equal(*logits)
+    # A module behind each; three terms are added in another order.
+    plain, logits = build("gpt-neox", hidden_dropout=0.5), []
+    for model in (plain, adapt(copy.deepcopy(plain), "prenorm")):
+        torch.manual_seed(3)
+        logits.append(model.train()(input_ids=ids).logits)
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5 * logits[0].abs().max().item())
 
 
 def test_requests_that_cannot_be_met(tmp_path):

@@ -86,6 +86,30 @@ def test_checkpointing_and_state_dict():
     assert torch.equal(again.eval()(IMAGES), model.eval()(IMAGES))
 
 
+@torch.no_grad()
+def test_intermediates():
+    """With PreNorm those of timm; else they end in what the model computes, and each is what the next block reads."""
+    model = build()
+    how = dict(indices=[0, 2], output_fmt="NLC", norm=True)
+    expected = model.forward_intermediates(IMAGES, **how)
+    found = adapt(copy.deepcopy(model), "prenorm").forward_intermediates(IMAGES, **how)
+    for a, b in zip([found[0], *found[1]], [expected[0], *expected[1]], strict=True):
+        assert torch.equal(a, b)
+    mixed = adapt(model, "mgr-competitive", n_streams=2)
+    seen = []
+    handle = mixed.blocks[1].norm1.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    features, (first, last) = mixed.forward_intermediates(IMAGES, indices=[0, 2], output_fmt="NLC")
+    handle.remove()
+    assert torch.equal(first, seen[0][:, 1:]) and torch.equal(mixed.norm(last), features[:, 1:])
+    assert torch.equal(features, mixed.forward_features(IMAGES))
+    assert (
+        len(mixed.forward_intermediates(IMAGES, indices=[0], stop_early=True, intermediates_only=True)) == 1
+    )
+    mixed.set_grad_checkpointing()
+    with torch.enable_grad(), pytest.raises(UserError, match="no gradient checkpointing"):
+        mixed.forward_intermediates(IMAGES)
+
+
 def test_requests_that_cannot_be_met():
     with pytest.raises(UserError, match="no list of blocks"):
         adapt(torch.nn.Linear(2, 2), "hc")
