@@ -36,7 +36,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import GPTConfig
 from .diagnostics.capture import uncompiled
@@ -157,7 +157,7 @@ class MixingMap:
 
 
 def mixing_map(
-    model: GPT,
+    model: nn.Module,
     ids: Tensor,
     *,
     per: str = "mean",
@@ -233,7 +233,7 @@ def mixing_map(
     )
 
 
-def mixing_error(model: GPT, ids: Tensor, *, chunk_bytes: int = CHUNK_BYTES) -> float:
+def mixing_error(model: nn.Module, ids: Tensor, *, chunk_bytes: int = CHUNK_BYTES) -> float:
     """How far ``h_l = sum_i M[l, i] v_i`` is from what a model computes of ``ids [B, T]``: the largest relative error.
 
     For every row, ``max |h - M v| / max |h|`` over tokens and channels; the same for every stream where
