@@ -62,7 +62,7 @@ class Sampling:
         return torch.multinomial(probability, 1, generator=generator).squeeze(1)
 
 
-class Reader:
+class _Reader:
     """The model behind prompts: takes tokens, gives logits of the next.
 
     Args:
@@ -158,7 +158,7 @@ def generate(
         raise UserError("compile is for tokens read from a cache; leave out use_cache=False")
     check_room(ids.shape[1], max_new_tokens, model.config.seq_len)
     room = ids.shape[1] + max(1, max_new_tokens) - 1  # the last token is not read again
-    reader = Reader(model, ids, padding, room, use_cache=use_cache, compile=compile)
+    reader = _Reader(model, ids, padding, room, use_cache=use_cache, compile=compile)
     return _tokens(reader, sampling, max_new_tokens, seed, end_token)
 
 
@@ -184,7 +184,7 @@ def side_by_side(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
 
 @torch.inference_mode()
 def _tokens(
-    reader: Reader, sampling: Sampling, count: int, seed: int | None, end_token: int | None
+    reader: _Reader, sampling: Sampling, count: int, seed: int | None, end_token: int | None
 ) -> Iterator[Tensor]:
     device = reader.unread.device
     generator = torch.Generator(device=device)
