@@ -8,17 +8,20 @@
 # make docs    install mkdocs and build the site into build/site; fails on any warning
 # make package  build wheel and sdist into build/dist and check them in another environment
 # make gpu-check  everything that needs an NVIDIA GPU: tests, sanitizer, benchmarks; installs nothing
-# make lint    style and common mistakes
+# make lint    style, common mistakes, types
 PYTHON ?= python3
 VENV ?= .venv
 export PYTHON
+
+# Two processes, each of whole files, so that what a file's tests share is made once.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-peers test-kernels test-integrations test-hf test-nodes docs package gpu-check lint clean
 demo: $(VENV)/.demo
 	$(VENV)/bin/depthmix compare --recipe quick --out runs/demo --resume
 
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(TWO)
 
 test-peers: $(VENV)/.peers
 	$(VENV)/bin/python -m pytest -m peers
@@ -30,7 +33,7 @@ test-integrations: $(VENV)/.integrations
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m integrations tests/integrations
 
 test-hf: $(VENV)/.hf
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -n 2 -m hf tests/hf --ignore tests/hf/vision
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest $(TWO) -m hf tests/hf --ignore tests/hf/vision
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=$(abspath $(VENV))/vision $(VENV)/bin/python -m pytest -m hf tests/hf/vision
 
 # 77: what it needs is missing here, and it has said so.
@@ -49,6 +52,7 @@ gpu-check:
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 $(VENV)/.demo: pyproject.toml constraints-cpu.txt
 	scripts/install.sh $(VENV) ""
