@@ -9,17 +9,20 @@
 # make package  build wheel and sdist into build/dist and check them in another environment
 # make results  make the pages of docs/results again from results/*/*.jsonl
 # make gpu-check  everything that needs an NVIDIA GPU: tests, sanitizer, benchmarks; installs nothing
-# make lint    style and common mistakes
+# make lint    style, common mistakes, types
 PYTHON ?= python3
 VENV ?= .venv
 export PYTHON
+
+# Two processes, each of whole files, so that what a file's tests share is made once.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-peers test-kernels test-integrations test-hf test-nodes docs package results gpu-check lint clean
 demo: $(VENV)/.demo
 	$(VENV)/bin/depthmix compare --recipe quick --out runs/demo --resume
 
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(TWO)
 
 test-peers: $(VENV)/.peers
 	$(VENV)/bin/python -m pytest -m peers
@@ -31,7 +34,7 @@ test-integrations: $(VENV)/.integrations
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m integrations tests/integrations
 
 test-hf: $(VENV)/.hf
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest -n 2 -m hf tests/hf --ignore tests/hf/vision
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)/bin/python -m pytest $(TWO) -m hf tests/hf --ignore tests/hf/vision
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=$(abspath $(VENV))/vision $(VENV)/bin/python -m pytest -m hf tests/hf/vision
 
 # 77: what it needs is missing here, and it has said so.
@@ -53,6 +56,7 @@ gpu-check:
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 $(VENV)/.demo: pyproject.toml constraints-cpu.txt
 	scripts/install.sh $(VENV) ""

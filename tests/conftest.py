@@ -13,6 +13,28 @@ ON_REQUEST = ("peers", "kernels", "integrations", "hf")
 named as its marker."""
 
 
+LONGEST = (
+    "test_readme.py",
+    "parallel/test_exactness.py",
+    "parallel/test_faults.py",
+    "parallel/test_sharded_checkpoint.py",
+    "parallel/test_count.py",
+    "test_compare.py",
+    "test_train.py",
+    "parallel/test_resume.py",
+    "report/test_diagnosis.py",
+    "diagnostics/test_command.py",
+    "test_tutorial.py",
+    "test_depth_sweep.py",
+)
+"""Files that begin before all others: of two processes, one would wait long for the other that began them last."""
+
+
+def pytest_collection_modifyitems(config, items):
+    order = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
+
+
 def pytest_ignore_collect(collection_path: Path, config):
     """Such a folder is not there unless ``-m`` names it."""
     parts = collection_path.relative_to(config.rootpath).parts

@@ -207,30 +207,55 @@ def test_a_pod_told_to_stop_leaves_with_75(cluster):
     assert process.returncode == 75, said
 
 
+HELD = """
+import os, sys, time
+from depthmix import cli, train
+
+loop, log_step = train._loop, train._Run.log_step
+
+
+def watched_loop(run, stop):
+    train._stop = stop
+    loop(run, stop)
+
+
+def held_step(run, *arguments, **options):
+    log_step(run, *arguments, **options)
+    while os.environ.get("HOLD_AT") == str(run.step) and train._stop.received is None:
+        time.sleep(0.01)
+
+
+train._loop, train._Run.log_step = watched_loop, held_step
+sys.exit(cli.main())
+"""
+"""``depthmix`` that takes no step beyond ``$HOLD_AT`` until it is told to stop."""
+
+
 @pytest.mark.slow
 def test_a_pod_saves_and_another_goes_on(cluster, tmp_path):
     """The real torchrun and a small training: stopped it has saved; the same command again finishes it."""
     text = tmp_path / "text.txt"
     text.write_text("".join(f"line {i}: {i * i % 97}\n" for i in range(3000)))
+    held = tmp_path / "held.py"
+    held.write_text(HELD)
     out = tmp_path / "run"
     train = (
         f"train --preset quick --residual mgr-competitive --n-layer 2 --d-model 16 --seq-len 32 --batch-size 4 "
-        f"--eval-tokens 64 --steps 400 --eval-interval 0 --checkpoint-interval 0 --quiet --no-report --device cpu "
+        f"--eval-tokens 64 --steps 20 --eval-interval 0 --checkpoint-interval 0 --quiet --no-report --device cpu "
         f"--val-fraction 0.5 --data {text} --cache-dir {tmp_path / 'cache'} --out {out} --resume"
     )
     write_program(
         cluster.programs / "torchrun",
-        f"exec {sys.executable} -m torch.distributed.run --standalone --nproc-per-node=1 -m depthmix {train}\n",
+        f"exec {sys.executable} -m torch.distributed.run --standalone --nproc-per-node=1 {held} {train}\n",
     )
     path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
-    process = cluster("kubernetes", PYTHONPATH=path, OMP_NUM_THREADS="1")
+    process = cluster("kubernetes", PYTHONPATH=path, OMP_NUM_THREADS="1", HOLD_AT="10")
     wait_for(out / "metrics.jsonl", process, lines=10)
     process.terminate()
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 75, said
-    (saved,) = (out / "checkpoints").glob("step-*")
-    assert 0 < int(saved.name.partition("-")[2]) < 400
+    assert [saved.name for saved in (out / "checkpoints").glob("step-*")] == ["step-00000010"]
     process = cluster("kubernetes", PYTHONPATH=path, OMP_NUM_THREADS="1")
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said
-    assert json.loads((out / "result.json").read_text())["steps"] == 400
+    assert json.loads((out / "result.json").read_text())["steps"] == 20

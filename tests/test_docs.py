@@ -14,6 +14,10 @@ import pytest
 from depthmix import available_residuals
 from depthmix.residuals import residual_options
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+import warm
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 
@@ -43,14 +47,7 @@ CODE = [(name, code) for name, code in BLOCKS if not HEAVY.search(code)]
 @pytest.mark.parametrize("page, code", CODE, ids=[f"{name}-{i}" for i, (name, _) in enumerate(CODE)])
 def test_python(page, code, tmp_path):
     path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
-    ran = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    ran = warm.run(["-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": path})
     assert ran.returncode == 0, ran.stderr
 
 
@@ -274,6 +271,29 @@ def test_cost_of_a_diagnosis_is_that_of_the_file():
     assert f"{seconds['removal']} for block removal on {xs['removal_texts']} of them" in page
     assert f"{seconds['gradients']} for gradients on {xs['gradient_texts']}" in page
     assert f"needs {large['peak_resident_gib']} GiB" in page
+
+
+# --- tutorial.md ----------------------------------------------------------------------------------
+
+
+def test_importing_loads_nothing_heavy():
+    """Nor does building a model and running it; in an interpreter of its own."""
+    heavy = ("triton", "transformers", "matplotlib", "tensorboard", "datasets", "lm_eval", "timm")
+    code = f"""
+import sys, torch
+before = set(sys.modules)
+import depthmix
+for name in depthmix.__all__:
+    getattr(depthmix, name)
+depthmix.GPT(depthmix.GPTConfig(16, 2, 16, 2, 8))(torch.zeros(1, 8).long())
+depthmix.wrap([torch.nn.Linear(8, 8)])
+print([name for name in {heavy!r} if name in set(sys.modules) - before])
+"""
+    path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert ran.stdout.strip() == "[]", ran.stdout + ran.stderr
 
 
 # --- drop-in.md -----------------------------------------------------------------------------------

@@ -1,21 +1,27 @@
-"""The README's commands and code run as they stand, and its figures are those of the files it names."""
+"""Commands and code of README and tutorial run as they stand; the README's figures are those of the files it names."""
 
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+import warm
+
 ROOT = Path(__file__).parents[1]
+MODULES = {"depthmix": "depthmix", "torchrun": "torch.distributed.run"}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language, text=README):
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 def commands(first_word):
@@ -25,14 +31,27 @@ def commands(first_word):
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    cache = tmp_path_factory.mktemp("cache")
     path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
-    return os.environ | {"PYTHONPATH": path, "DEPTHMIX_CACHE": str(cache)}
+    return os.environ | {"PYTHONPATH": path, "DEPTHMIX_CACHE": warm.cache(tmp_path_factory.mktemp("cache"))}
+
+
+def run(words, folder, environment):
+    ran = warm.run(["-m", MODULES[words[0]], *words[1:]], cwd=folder, env=environment, timeout=600)
+    assert ran.returncode == 0, (words, ran.stderr)
+    assert ran.stdout.strip(), words
+
+
+@pytest.fixture(scope="module")
+def readers_folder(environment, tmp_path_factory):
+    """Where the README's commands ran, in order, as a reader would type them."""
+    folder = tmp_path_factory.mktemp("reader")
+    for words in commands(("depthmix ", "torchrun ")):
+        run(words, folder, environment)
+    return folder
 
 
 @pytest.mark.slow
-def test_command_line(environment, tmp_path):
-    """In order and in one folder, as a reader would type them."""
+def test_command_line(readers_folder):
     listed = commands(("depthmix ", "torchrun "))
     assert {words[1] for words in listed if words[0] == "depthmix"} == {
         "info",
@@ -50,34 +69,50 @@ def test_command_line(environment, tmp_path):
         "comm",
         "plan",
     }
-    modules = {"depthmix": "depthmix", "torchrun": "torch.distributed.run"}
-    for words in listed:
-        ran = subprocess.run(
-            [sys.executable, "-m", modules[words[0]], *words[1:]],
-            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600,
-        )  # fmt: skip
-        assert ran.returncode == 0, (words, ran.stderr)
-        assert ran.stdout.strip(), words
-    assert (tmp_path / "runs/first/report.html").exists()
-    assert (tmp_path / "runs/small/report.html").exists()
-    assert (tmp_path / "runs/first-map.png").exists()
-    assert (tmp_path / "runs/first-diagnosis/report.html").exists()
-    assert (tmp_path / "runs/matched/report.html").exists()
-    assert (tmp_path / "runs/depth/depth.html").exists()
-    assert (tmp_path / "runs/four.safetensors").exists()
-    assert (tmp_path / "runs/communication.png").exists()
+    made = (
+        "first/report.html", "small/report.html", "first-map.png", "first-diagnosis/report.html",
+        "matched/report.html", "depth/depth.html", "four.safetensors", "communication.png",
+    )  # fmt: skip
+    assert [name for name in made if not (readers_folder / "runs" / name).exists()] == []
+
+
+def without_place(words):
+    """A command but for where it writes, and that place."""
+    if "--out" not in words:
+        return tuple(words), None
+    at = words.index("--out")
+    return (*words[:at], *words[at + 2 :]), words[at + 1]
+
+
+@pytest.mark.slow
+def test_commands_of_the_tutorial(readers_folder, environment, tmp_path):
+    """In order and in one folder; what the README has word for word, but for ``--out``, has run and is copied."""
+    page = (ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
+    lines = [line for block in blocks("sh", page) for line in block.splitlines()]
+    assert len(lines) >= 9
+    done = dict(without_place(words) for words in commands(("depthmix ", "torchrun ")))
+    copied = 0
+    for line in lines:
+        words = shlex.split(line)
+        if words[0] not in MODULES:
+            subprocess.run(["bash", "-euc", line], cwd=tmp_path, check=True, timeout=300)
+            continue
+        command, place = without_place(words)
+        if place is not None and done.get(command):
+            source, target = readers_folder / done[command], tmp_path / place
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
+            copied += 1
+        else:
+            run(words, tmp_path, environment)
+    assert copied >= 2
+    assert (tmp_path / "runs/first-map.png").read_bytes().startswith(b"\x89PNG")
+    assert "mgr-competitive" in (tmp_path / "runs/compared/report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("code", blocks("python"))
 def test_python(code, environment, tmp_path):
-    ran = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    ran = warm.run(["-c", code], cwd=tmp_path, env=environment)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.strip()
 

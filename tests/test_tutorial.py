@@ -1,14 +1,17 @@
-"""The tutorial's commands run one after the other, and the connection of the other page works everywhere."""
+"""The connection of docs/new-connection.md works everywhere; notebooks run. (Commands: tests/test_readme.py.)"""
 
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import warm
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,34 +22,8 @@ def blocks(page, language):
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    programs = tmp_path_factory.mktemp("bin")
-    for name, command in {"depthmix": "-m depthmix", "torchrun": "-m torch.distributed.run"}.items():
-        (programs / name).write_text(f'#!/bin/sh\nexec {sys.executable} {command} "$@"\n')
-        (programs / name).chmod(0o755)
     path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
-    return os.environ | {
-        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": path,
-        "DEPTHMIX_CACHE": str(tmp_path_factory.mktemp("cache")),
-    }
-
-
-@pytest.mark.slow
-def test_commands_of_the_tutorial(tmp_path, environment):
-    commands = [line for block in blocks("tutorial.md", "sh") for line in block.splitlines()]
-    assert len(commands) >= 9
-    for command in commands:
-        ran = subprocess.run(
-            ["bash", "-euc", command],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert ran.returncode == 0, f"{command}\n{ran.stdout}{ran.stderr}"
-    assert (tmp_path / "runs/first-map.png").read_bytes().startswith(b"\x89PNG")
-    assert "mgr-competitive" in (tmp_path / "runs/compared/report.html").read_text(encoding="utf-8")
+    return os.environ | {"PYTHONPATH": path, "DEPTHMIX_CACHE": warm.cache(tmp_path_factory.mktemp("cache"))}
 
 
 @pytest.fixture
@@ -58,9 +35,7 @@ def plugin(tmp_path, environment):
 
 
 def depthmix(*words, env):
-    return subprocess.run(
-        [sys.executable, "-m", "depthmix", *words], env=env, capture_output=True, text=True, timeout=300
-    )
+    return warm.run(["-m", "depthmix", *words], env=env)
 
 
 def test_a_connection_in_one_file(tmp_path, plugin):
@@ -72,9 +47,7 @@ model = GPT(config, seed=0).double()
 ids = torch.arange(16).reshape(2, 8)
 print(mixing_error(model, ids))
 """
-    ran = subprocess.run(
-        [sys.executable, "-c", check], env=plugin, capture_output=True, text=True, timeout=300
-    )
+    ran = warm.run(["-c", check], env=plugin)
     assert ran.returncode == 0, ran.stderr
     assert float(ran.stdout) < 1e-12
     out = tmp_path / "run"
@@ -131,12 +104,5 @@ def test_notebooks(path, environment, tmp_path):
     ]
     assert any(cell["outputs"] for cell in cells)  # it was run before it was stored
     code = "\n".join("".join(cell["source"]) for cell in cells)
-    ran = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=environment | {"MPLBACKEND": "agg"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    ran = warm.run(["-c", code], cwd=tmp_path, env=environment)
     assert ran.returncode == 0, ran.stderr

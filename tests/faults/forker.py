@@ -2,8 +2,11 @@
 
 Reads one JSON command a line on standard input and answers each with one line:
 
-    {"start": {"config": .., "run_dir": .., "resume": .., "file_limit": bytes or null}}   -> pid
-    {"wait": pid}                                                                        -> exit status
+    {"start": {"config": .., "run_dir": .., "resume": .., "file_limit": bytes or null, "hold_at": .. or null}}  -> pid
+    {"wait": pid}                                                                                -> exit status
+
+``hold_at``: ``["step", n]`` goes no further than the n-th step of this life, ``["save", n]`` than the n-th file of
+checkpoints; the run then makes ``RUN_DIR.held`` and waits to be killed.
 
 A run is a forked child, so signals and deaths are real. The parent computes nothing, so that no
 thread pool exists when it forks. The child's message, if training raised, is in ``RUN_DIR.message``.
@@ -13,17 +16,41 @@ import json
 import os
 import resource
 import sys
+import time
 from pathlib import Path
 
 import torch
 from tensorboard.compat.proto import event_pb2  # noqa: F401  (warm, as the next)
 from tensorboard.summary.writer import record_writer  # noqa: F401
 
+import depthmix.checkpoint as checkpoint
 import depthmix.train
 from depthmix.config import from_dict
 
 
-def run(config: dict, run_dir: str, resume: bool, file_limit: int | None) -> int:
+def hold(run_dir: str, at: str, number: int) -> None:
+    owner, name = {"step": (depthmix.train._Run, "log_step"), "save": (checkpoint, "write_tensors")}[at]
+    function, calls = getattr(owner, name), []
+
+    def held(*arguments, **options):
+        calls.append(None)
+        if at == "step":
+            function(*arguments, **options)
+        if len(calls) == number:
+            Path(f"{run_dir}.held").touch()
+            while True:
+                time.sleep(1)
+        if at != "step":
+            function(*arguments, **options)
+
+    setattr(owner, name, held)
+
+
+def run(
+    config: dict, run_dir: str, resume: bool, file_limit: int | None, hold_at: tuple[str, int] | None
+) -> int:
+    if hold_at is not None:
+        hold(run_dir, *hold_at)
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard if file_limit is None else file_limit, hard))
     try:

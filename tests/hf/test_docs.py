@@ -3,13 +3,16 @@
 import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("transformers")
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import warm
 
 pytestmark = pytest.mark.hf
 
@@ -19,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 def test_commands_and_code(tmp_path):
     page = (ROOT / "docs/huggingface.md").read_text(encoding="utf-8")
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")
-    environment = os.environ | {"DEPTHMIX_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"DEPTHMIX_CACHE": warm.cache(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules")}
     environment["PYTHONPATH"] = os.pathsep.join(
         [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -36,12 +39,5 @@ def test_commands_and_code(tmp_path):
                 run.append(["-m", *words] if words[0] == "depthmix" else words[1:])
     assert len(run) == 12
     for words in run:
-        ran = subprocess.run(
-            [sys.executable, *words],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
+        ran = warm.run(words, cwd=tmp_path, env=environment, timeout=600)
         assert ran.returncode == 0 and ran.stdout.strip(), (words, ran.stderr[-3000:])

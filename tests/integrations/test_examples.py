@@ -16,6 +16,10 @@ import pytest
 
 from depthmix import available_residuals
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import warm
+
 pytestmark = pytest.mark.integrations
 
 ROOT = Path(__file__).parents[2]
@@ -76,7 +80,7 @@ def environment(tmp_path_factory):
     return kept | {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(EXAMPLES)]),
-        "DEPTHMIX_CACHE": str(cache),
+        "DEPTHMIX_CACHE": warm.cache(cache),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
