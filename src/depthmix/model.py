@@ -67,7 +67,8 @@ class KVCache:
     ) -> "KVCache":
         """Room for ``capacity`` tokens of ``batch`` sequences: keys and values ``[batch, heads, capacity, head size]``.
 
-        ``padding``: ``[batch]``, ids to the left of each sequence that are none of it. Raises ``UserError`` for a ``fixed`` one that has room beyond the model's context.
+        ``padding``: ``[batch]``, ids to the left of each sequence that are none of it. Raises ``UserError`` for a
+        ``fixed`` one that has room beyond the model's context.
         """
         if fixed and capacity > config.seq_len:
             raise UserError(
