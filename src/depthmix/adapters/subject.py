@@ -108,13 +108,7 @@ class AdaptedSubject(HuggingFaceSubject):
         return (self.connection.finish(h, state) if block.last else (h, *state)), calls
 
     def kept_because(self, index):
-        with torch.no_grad():
-            carry = self.begin(torch.zeros(1, 1, dtype=torch.long, device=self.device))
-            for i in range(index):
-                carry = self.block(i, carry)
-            if self.without(index, carry) is None:
-                return "it appends streams that later blocks read"
-        return None
+        return self._appends_streams(index)
 
     def convex_gates(self, sublayer):
         site = self._site(sublayer)

@@ -75,6 +75,16 @@ class Subject(ABC):
         """Why block ``index`` cannot be removed; ``None`` where it can."""
         return None
 
+    def _appends_streams(self, index: int) -> str | None:
+        """:meth:`kept_because` of subjects whose :meth:`without` answers ``None``."""
+        with torch.no_grad():
+            carry = self.begin(torch.zeros(1, 1, dtype=torch.long, device=self.device))
+            for i in range(index):
+                carry = self.block(i, carry)
+            if self.without(index, carry) is None:
+                return "it appends streams that later blocks read"
+        return None
+
     @abstractmethod
     def end(self, carry: Carry) -> Tensor:
         """What left the last block -> the head's input ``[B, T, D]``."""
@@ -165,13 +175,7 @@ class Run(Subject):
         return None if state is None else (sites[-1].read(state), state, cos, sin)
 
     def kept_because(self, index):
-        with torch.no_grad():
-            carry = self.begin(torch.zeros(1, 1, dtype=torch.long, device=self.device))
-            for i in range(index):
-                carry = self.block(i, carry)
-            if self.without(index, carry) is None:
-                return "it appends streams that later blocks read"
-        return None
+        return self._appends_streams(index)
 
     def end(self, carry):
         h, state, *_ = carry

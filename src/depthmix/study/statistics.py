@@ -25,7 +25,7 @@ DRAWS = 20_000
 
 def _student():
     try:
-        from scipy.stats import t  # type: ignore[import-untyped]
+        from scipy.stats import t
     except ImportError as error:
         raise UserError(
             'a study\'s page needs scipy, which is not installed: pip install "depthmix[study]"'
