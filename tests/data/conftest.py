@@ -11,6 +11,8 @@ import pytest
 
 from depthmix.data import TokenSplit
 
+# A shell that starts the tests in the background has them ignore SIGINT, and processes inherit that.
+INTERRUPTIBLE = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
 SOURCE = Path(__file__).parents[2] / "src"
 
 
@@ -51,7 +53,7 @@ def python():
 
     def start(code: str, *args: str, **environment: str) -> subprocess.Popen:
         process = subprocess.Popen(
-            [sys.executable, "-c", code, *args],
+            [sys.executable, "-c", INTERRUPTIBLE + code, *args],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
