@@ -48,7 +48,8 @@ class Call:
 
 
 class TrunkNorm(RMSNorm):
-    """The norm in front of a sublayer: a connection may apply it (``fuses_norm``), so nobody should replace it."""
+    """The norm in front of a sublayer, ``[..., D] -> [..., D]``: a connection may apply it (``fuses_norm``), so nobody
+    should replace it."""
 
 
 class DepthmixAttention(Attention):
@@ -123,7 +124,7 @@ def readable(mask: Tensor | None, length: int) -> Tensor | None:
 
 
 class DepthmixMLP(MLP):
-    """:class:`depthmix.model.MLP`."""
+    """:class:`depthmix.model.MLP`, ``[B, T, D] -> [B, T, D]``."""
 
     def __init__(self, config: DepthmixConfig):
         super().__init__(config)
@@ -388,6 +389,7 @@ class DepthmixForCausalLM(DepthmixPreTrainedModel, GenerationMixin):
         self.model.embed = value
 
     def get_output_embeddings(self) -> nn.Module:
+        """The head, whose weight ``[V, D]`` is the embedding's."""
         return self.lm_head
 
     def set_output_embeddings(self, value: nn.Module) -> None:
