@@ -154,6 +154,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
+        """``[..., D] -> [..., D]``."""
         return rms_norm(x, self.weight, self.eps)
 
 
@@ -238,7 +239,7 @@ class MLP(nn.Module):
         self.proj = nn.Linear(4 * config.d_model, config.d_model, bias=False)
 
     def forward(self, x: Tensor, show: bool = False) -> Any:
-        """With ``show``, ``(output, (x,))``."""
+        """``x [B, T, D]``, normed, to the output; with ``show`` to ``(output, (x,))``."""
         y = self.proj(relu_squared(self.fc(x)))
         return (y, (x,)) if show else y
 
