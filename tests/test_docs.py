@@ -435,3 +435,9 @@ def test_faults_are_those_of_the_file():
     ends = {name: kind["seconds_to_end_max"] for name, kind in kinds.items()}
     stall = math.ceil(ends.pop("stall"))
     assert f"at most | {stall} after a stall" in page and f"else {math.ceil(max(ends.values()))} |" in page
+
+
+def test_the_time_of_an_import_is_that_of_the_file():
+    measured = json.loads((ROOT / "benchmarks/results/import-time.json").read_text())["rows"]
+    beyond = {row["kind"]: row["clock"].get("beyond") for row in measured}
+    assert f"{beyond['depthmix']:.2f} s beyond torch's own import, {beyond['names']:.2f} s" in text("tutorial.md")
