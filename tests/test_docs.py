@@ -440,4 +440,6 @@ def test_faults_are_those_of_the_file():
 def test_the_time_of_an_import_is_that_of_the_file():
     measured = json.loads((ROOT / "benchmarks/results/import-time.json").read_text())["rows"]
     beyond = {row["kind"]: row["clock"].get("beyond") for row in measured}
-    assert f"{beyond['depthmix']:.2f} s beyond torch's own import, {beyond['names']:.2f} s" in text("tutorial.md")
+    assert f"{beyond['depthmix']:.2f} s beyond torch's own import, {beyond['names']:.2f} s" in text(
+        "tutorial.md"
+    )

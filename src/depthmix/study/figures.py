@@ -45,11 +45,15 @@ def _compare(result: TableResult) -> bytes | None:
 
     figure, (left, right, curves) = _figure(3, max(3.4, 1.6 + 0.3 * len(rows)))
     base = result.row(result.table.baseline).finished
+    reach = [0.0]
     for place, (row, found) in enumerate(reversed(rows)):
         colour = styles[row.name][0]
         points = [
             run["test_loss"] - base[seed]["test_loss"] for seed, run in row.finished.items() if seed in base
         ]
+        reach += map(abs, points)
+        if found.interval is not None and found.pairs > 2:
+            reach += map(abs, found.interval)
         left.plot(points, [place] * len(points), "|", color=colour, alpha=0.7, markersize=9)
         if found.interval is not None:
             left.plot(found.interval, [place, place], color=colour, linewidth=1.6)
@@ -59,6 +63,9 @@ def _compare(result: TableResult) -> bytes | None:
     left.set_xlabel(f"test loss minus that of {result.table.baseline} (nats)")
     left.set_ylim(-0.7, len(rows) - 0.3)
     left.xaxis.set_major_locator(MaxNLocator(5))
+    # Intervals of two pairs are ten times wider than anything seen: they may leave the axis.
+    low, high = left.get_xlim()
+    left.set_xlim(max(low, -1.15 * max(reach)), min(high, 1.15 * max(reach)))
     groups = {
         row.name: [_run(run) for run in row.finished.values()]
         for row in result.rows
