@@ -31,3 +31,18 @@ def test_page(path, monkeypatch):
     best = {(result.table.name, row): point for result in results for row, point in result.best.items()}
     keys = {cell.key for table in study.tables for _, cell in study.uses(table, best) if cell is not None}
     assert set(records) <= keys
+
+
+def test_findings_are_those_of_the_records():
+    """Of docs/results.md: the nearest row, its p, how far the means lie apart, and what rates gain."""
+    text = " ".join((ROOT / "docs/results.md").read_text(encoding="utf-8").split())
+    study = load(ROOT / "studies/tiny.toml")
+    rates, main, *_ = tables_of(study, read_records(study.results))
+    rows = [row for row in main.rows if row.difference is not None]
+    lowest = min(rows, key=lambda row: row.difference.mean)
+    assert lowest.name == "attnres-block:blocks=4" and f"come nearest (p = {lowest.p:.3f})" in text
+    assert all(row.verdict == "none" for row in rows)
+    assert -0.015 < lowest.difference.mean and max(row.difference.mean for row in rows) < 0.015
+    assert sum(row.difference.mean < -0.001 for row in rows) == 7 == len(rows) - 1
+    gain = rates.row("prenorm", "x 1").mean("val_loss")[0] - rates.row("prenorm", "x 2").mean("val_loss")[0]
+    assert gain > -lowest.difference.mean
