@@ -1,14 +1,8 @@
 """Every public name says what it does, which types it takes and returns, and which shapes its tensors have."""
 
-import importlib.util
-from pathlib import Path
-
+import public_names
 import pytest
 import torch
-
-_spec = importlib.util.spec_from_file_location("public_names", Path(__file__).with_name("public_names.py"))
-public_names = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(public_names)
 
 FOUND = public_names.callables(transformers=False)
 

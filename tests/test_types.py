@@ -54,6 +54,7 @@ WRONG = {
 
 def test_a_users_script(tmp_path):
     if importlib.util.find_spec("mypy") is None:
+        # `make test` installs it; `make gpu-check` runs where nothing can be installed.
         pytest.skip("needs mypy (extra dev)")
     file = tmp_path / "script.py"
     lines = [f"reveal_type({expression})" for expression in REVEALED] + list(WRONG)

@@ -1,17 +1,11 @@
 """As tests/test_public_api.py, of what needs transformers."""
 
-import importlib.util
-from pathlib import Path
-
+import public_names
 import pytest
 
 pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.hf
-
-_spec = importlib.util.spec_from_file_location("public_names", Path(__file__).parents[1] / "public_names.py")
-public_names = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(public_names)
 
 FOUND = public_names.callables(transformers=True)
 

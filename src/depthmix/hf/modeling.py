@@ -64,7 +64,7 @@ class DepthmixAttention(Attention):
         self.config, self.layer_idx = config, layer_idx
         self.scaling = self.head_dim**-0.5
 
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # the cache is that of transformers
         self,
         x: Tensor,
         cos: Tensor,
@@ -142,7 +142,7 @@ class DepthmixBlock(Block):
         self.mlp = DepthmixMLP(config)
 
     @property
-    def checkpointing(self) -> bool:  # type: ignore[override]
+    def checkpointing(self) -> bool:  # type: ignore[override]  # derived here, a field of Block
         """Whether the pass at hand keeps only what enters the block."""
         return self.gradient_checkpointing and self.training
 

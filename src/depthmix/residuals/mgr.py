@@ -36,6 +36,7 @@ the streams stays as the run's precision has it.
 
 import math
 import warnings
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -207,13 +208,13 @@ class StreamSite(Site):
     received = ("pool_weight",)
     own_dtype = False
 
+    @abstractmethod
     def step(self, layer_output: Tensor, state: State, norm: Any = None) -> tuple[Tensor, State]:
         """:meth:`forward`, with what is read in the dtype of the streams."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pool(self, state: State) -> Tensor:
         """:meth:`read`, in the dtype of the streams."""
-        raise NotImplementedError
 
     def forward(self, layer_output: Tensor, state: State, norm: Any = None) -> tuple[Tensor, State]:
         dtype = self._read_dtype(layer_output.dtype)

@@ -11,7 +11,7 @@ from types import FunctionType, ModuleType
 
 import depthmix
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NEEDS_TRANSFORMERS = ("depthmix.hf.", "depthmix.adapters.huggingface")
 SHAPE = re.compile(r"(?<![\w\]])\[(?:[\w*.+/' -]+(?:, [\w*.+/' -]+)*)?\]")
 """``[B, T, D]``, ``[*, D]``, ``[..., n, D]``, ``[T / k]``, ``[]``; not the brackets of ``list[int]``."""
