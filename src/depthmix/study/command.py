@@ -1,5 +1,6 @@
 """``depthmix study``: run what a study's file declares, and make its page."""
 
+import importlib.util
 import os
 import shlex
 import sys
@@ -90,6 +91,10 @@ def _run(args: StudyCommand, argv: list[str], study, records, tables: list[str])
     from .declare import expanded
     from .queue import StudyRunner, scheduler
 
+    if importlib.util.find_spec("scipy") is None:
+        print(
+            'the page will need scipy, which is not installed: pip install "depthmix[study]"', file=sys.stderr
+        )
     out = args.out or Path("runs") / f"study-{study.name}"
     again = "depthmix study " + shlex.join(argv)
     (out / "cells").mkdir(parents=True, exist_ok=True)
