@@ -113,6 +113,7 @@ def test_variables_in_paths(study_file, monkeypatch):
         ("seeds = 3", "seeds = 0", "seeds must be at least 1"),
         ("seeds = 3", 'seeds = "3"', "seeds must be a whole number"),
         ("seeds = 3", 'seeds = 3\nbaseline = "eigth"', "Did you mean 'eight'"),
+        ("seeds = 3", 'seeds = 3\nerror = "poled"', "Did you mean 'pooled'"),
         ("{name = \"low\", lr = 1e-3}, {name = \"middle\", lr = 3e-3}, ", "", "points must be two or more"),
         ('{name = "low"', '{name = "high"', "two of points have the same name"),
         ('tuned_row = "prenorm"', 'tuned_row = "attnres"', "tunes no row 'attnres'"),

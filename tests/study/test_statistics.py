@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from depthmix.study.statistics import compute_multiplier, fit_power_law, holm, paired
+from depthmix.study.statistics import compute_multiplier, fit_power_law, holm, paired, pooled
 
 
 def test_paired_is_the_paired_t_test():
@@ -27,6 +27,74 @@ def test_paired_of_few():
     one = paired([0.25])
     assert (one.mean, one.pairs, one.error, one.p) == (0.25, 1, None, None)
     assert paired([0.0, 0.0]).p == 1.0 and paired([0.5, 0.5]).p == 0.0
+
+
+def test_pooled_of_two_rows_is_the_paired_t_test():
+    rng = np.random.default_rng(4)
+    a, b = rng.normal(size=(2, 6))
+    found = pooled({"a": dict(enumerate(a)), "b": dict(enumerate(b))}, "b")["a"]
+    wanted = paired(list(a - b))
+    assert (found.mean, found.error, found.p, *found.interval) == pytest.approx(
+        (wanted.mean, wanted.error, wanted.p, *wanted.interval), rel=1e-9
+    )
+    assert found.pairs == 6
+
+
+def test_pooled_is_the_two_way_analysis_of_variance():
+    """Row, seed and rest by means alone, for a table without gaps."""
+    rng = np.random.default_rng(5)
+    table = rng.normal(size=(5, 4)) + 3 * rng.normal(size=(1, 4)) + rng.normal(size=(5, 1))
+    rest = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
+    error = math.sqrt((rest**2).sum() / (4 * 3) * 2 / 4)
+    found = pooled({str(row): dict(enumerate(losses)) for row, losses in enumerate(table)}, "0")
+    assert list(found) == ["1", "2", "3", "4"]
+    for row, one in found.items():
+        mean = (table[int(row)] - table[0]).mean()
+        assert (one.mean, one.error) == pytest.approx((mean, error))
+        assert one.p == pytest.approx(2 * stats.t.sf(abs(mean) / error, 12))
+        assert one.interval[1] - one.mean == pytest.approx(stats.t.ppf(0.975, 12) * error)
+
+
+def test_pooled_with_gaps():
+    """The F test of one row against the fit without its own share has the square of its t; shares are found exactly."""
+    shares, seeds = {"base": 0.0, "one": -0.3, "two": 0.2, "three": 0.1}, [0.0, 1.0, -2.0, 0.5]
+    whole = {row: {seed: 2 + share + seeds[seed] for seed in range(4)} for row, share in shares.items()}
+    for row, seed in (("base", 3), ("one", 0), ("two", 1), ("two", 2)):
+        del whole[row][seed]
+    found = pooled(whole, "base")
+    assert {row: one.mean for row, one in found.items()} == pytest.approx(
+        {row: share for row, share in shares.items() if row != "base"}
+    )
+    assert [one.pairs for one in found.values()] == [2, 1, 3] and all(one.p == 0 for one in found.values())
+
+    rng = np.random.default_rng(6)
+    noisy = {row: {seed: loss + rng.normal() for seed, loss in mine.items()} for row, mine in whole.items()}
+
+    def squares(merged):
+        """Sum of squares that is left by a fit in which the rows of ``merged`` have one share."""
+        runs = [(row, seed, loss) for row, mine in noisy.items() for seed, loss in mine.items()]
+        groups = [(row,) for row in shares if row not in merged] + [merged]
+        design = [[*(row in g for g in groups), *(seed == k for k in range(4))] for row, seed, _ in runs]
+        fit = np.linalg.lstsq(
+            np.array(design, dtype=float), np.array([loss for *_, loss in runs]), rcond=None
+        )
+        return sum(
+            (loss - value) ** 2 for (*_, loss), value in zip(runs, np.array(design) @ fit[0], strict=True)
+        )
+
+    rest, freedom = squares(("base",)), 12 - 7
+    for row, one in pooled(noisy, "base").items():
+        assert (one.mean / one.error) ** 2 == pytest.approx(
+            (squares(("base", row)) - rest) / (rest / freedom)
+        )
+
+
+def test_pooled_of_few():
+    assert pooled({"a": {0: 1.0}, "b": {}}, "b") == {} == pooled({"a": {0: 1.0}}, "b")
+    one = pooled({"a": {0: 1.0}, "b": {0: 1.5}, "c": {1: 1.0}}, "b")
+    assert list(one) == ["a"] and (one["a"].mean, one["a"].pairs, one["a"].error) == (-0.5, 1, None)
+    same = pooled({row: {0: 1.1, 1: 1.3, 2: 1.7} for row in "abc"}, "b")
+    assert all((found.mean, found.error, found.p) == (0.0, 0.0, 1.0) for found in same.values())
 
 
 def test_holm():

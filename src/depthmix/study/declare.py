@@ -21,6 +21,7 @@
     name = "main"
     rows = ["prenorm", "mgr-competitive:n_streams=8", {name = "wide", residual = "prenorm", d_model = 96}]
     seeds = 5
+    error = "pooled"            # of differences: each row's own ("paired", unless said), or one for all rows
     tuned = "rates"             # each row takes its own best point of that table,
     tuned_row = "prenorm"       # or all take that of one row
 
@@ -49,6 +50,7 @@ from ..residuals import registry
 from ..train import MAY_CHANGE_ON_RESUME
 
 KINDS = ("compare", "tune", "scaling")
+ERRORS = ("paired", "pooled")
 # Fields that came after the first records. At these values a run is what it was without them, and keeps its key:
 # whoever adds a field to OptimConfig or an option to a connection enters it here, and never changes an entry.
 SINCE_THE_FIRST_RECORDS: dict[str, dict[str, Any]] = {
@@ -97,6 +99,8 @@ class Table:
     seeds: tuple[int, ...]
     baseline: str
     """Name of the row that others are compared with."""
+    error: str
+    """What differences are held against: one of ``ERRORS`` (:mod:`depthmix.study.statistics`)."""
     changes: dict[str, Any]
     points: tuple[Point, ...]
     """Of a ``compare`` table: one, without changes."""
@@ -303,6 +307,9 @@ def _table(values: dict, where: str, before: list[Table]) -> Table:
     baseline = take("baseline", str, "prenorm" if "prenorm" in names else names[0])
     if baseline not in names:
         raise UserError(f"{where}: baseline: " + suggest(baseline, names, "row"))
+    error = take("error", str, "paired")
+    if error not in ERRORS:
+        raise UserError(f"{where}: error: " + suggest(error, ERRORS, "kind of error"))
     points = _points(take, kind, where)
     tuned, tuned_row = take("tuned", str, None), take("tuned_row", str, None)
     if tuned is None and tuned_row is not None:
@@ -317,7 +324,7 @@ def _table(values: dict, where: str, before: list[Table]) -> Table:
                 raise UserError(f"{where}: table {tuned} tunes no row {wanted!r}; it has {', '.join(there)}")
     table = Table(
         name, take("title", str, name), kind, take("text", str, "").strip(), rows,
-        tuple(range(first, first + seeds)), baseline, take("train", dict, {}), points, tuned, tuned_row,
+        tuple(range(first, first + seeds)), baseline, error, take("train", dict, {}), points, tuned, tuned_row,
     )  # fmt: skip
     take.end()
     return table

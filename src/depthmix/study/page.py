@@ -119,6 +119,10 @@ def _state(result: TableResult) -> str:
         sentences.append(
             "Here: " + ", ".join(f"{name} {value}" for name, value in table.changes.items()) + "."
         )
+    if table.error == "pooled":
+        sentences.append(
+            "Errors are pooled: one for all rows, from the scatter about the rows' and the seeds' shares."
+        )
     if table.tuned is not None:
         if table.tuned_row is not None:
             point = result.settled.get(table.rows[0].name)

@@ -7,12 +7,21 @@ baseline seed by seed. With ``d_1 .. d_K`` the differences:
     s.e. = sqrt( sum (d_k - mean)^2 / (K - 1) / K )
     t    = mean / s.e., with K - 1 degrees of freedom
 
+Where a table says so (``error = "pooled"``), the error is one for all of its rows, from the additive model of a row's
+and a seed's share, ``loss = row + seed + e``, by least squares over all of its runs. With R rows and K seeds each,
+``mean`` is as above and
+
+    s^2  = sum e^2 / ((R - 1) (K - 1))
+    s.e. = s sqrt(2 / K), with (R - 1) (K - 1) degrees of freedom
+
+which sees more with few seeds, if rows scatter alike about their seeds' shares.
+
 The p values of one table are corrected for their number by Holm's step-down method (Holm, 1979), which needs no
 independence between them.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +44,7 @@ def _student():
 
 @dataclass(frozen=True)
 class Paired:
-    """Mean of paired differences; the rest is None for one pair."""
+    """Mean difference of runs paired by seed; without degrees of freedom the rest is None."""
 
     mean: float
     pairs: int
@@ -56,13 +65,56 @@ def paired(differences: Sequence[float]) -> Paired | None:
     if count == 1:
         return Paired(mean, 1)
     error = math.sqrt(math.fsum((d - mean) ** 2 for d in differences) / (count - 1) / count)
+    return _tested(mean, count, error, count - 1)
+
+
+def pooled(losses: Mapping[str, Mapping[int, float]], baseline: str) -> dict[str, Paired]:
+    """Row -> its difference to ``baseline``, with the error that all rows share.
+
+    ``losses``: row -> seed -> loss. Rows that have no seed in common with the baseline are left out. Where a row
+    lacks seeds that others have, ``mean`` is that of the least squares fit rather than of the pairs alone.
+    """
+    base = losses.get(baseline, {})
+    shared = {row: sum(seed in base for seed in mine) for row, mine in losses.items()}
+    rows = [row for row in losses if shared[row]]
+    runs = [(row, seed, loss) for row in rows for seed, loss in losses[row].items()]
+    if not runs:
+        return {}
+    # A seed's share is measured from the first one's.
+    seeds = sorted({seed for _, seed, _ in runs})[1:]
+    design = np.array(
+        [[float(row == one) for one in rows] + [float(seed == one) for one in seeds] for row, seed, _ in runs]
+    )
+    observed = np.array([loss for *_, loss in runs])
+    rounding = 1e-12 * float(np.abs(observed).max())
+    inverse = np.linalg.inv(design.T @ design)
+    shares = inverse @ (design.T @ observed)
+    rest = observed - design @ shares
+    freedom = len(runs) - design.shape[1]
+    found = {}
+    for row in rows:
+        if row == baseline:
+            continue
+        contrast = np.zeros(design.shape[1])
+        contrast[rows.index(row)], contrast[rows.index(baseline)] = 1.0, -1.0
+        mean = float(contrast @ shares)
+        if freedom < 1:
+            found[row] = Paired(mean, shared[row])
+            continue
+        error = math.sqrt(float(contrast @ inverse @ contrast) * float(rest @ rest) / freedom)
+        mean, error = (0.0 if abs(value) < rounding else value for value in (mean, error))
+        found[row] = _tested(mean, shared[row], error, freedom)
+    return found
+
+
+def _tested(mean: float, pairs: int, error: float, freedom: int) -> Paired:
     student = _student()
-    reach = float(student.ppf(1 - LEVEL / 2, count - 1)) * error
+    reach = float(student.ppf(1 - LEVEL / 2, freedom)) * error
     if error == 0:
         p = 1.0 if mean == 0 else 0.0
     else:
-        p = float(2 * student.sf(abs(mean) / error, count - 1))
-    return Paired(mean, count, error, (mean - reach, mean + reach), p)
+        p = float(2 * student.sf(abs(mean) / error, freedom))
+    return Paired(mean, pairs, error, (mean - reach, mean + reach), p)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

@@ -8,7 +8,17 @@ from ..report.table import mean_and_error
 from .declare import Point, Study, Table
 from .queue import best_points
 from .records import Record
-from .statistics import LEVEL, Multiplier, Paired, PowerLaw, compute_multiplier, fit_power_law, holm, paired
+from .statistics import (
+    LEVEL,
+    Multiplier,
+    Paired,
+    PowerLaw,
+    compute_multiplier,
+    fit_power_law,
+    holm,
+    paired,
+    pooled,
+)
 
 
 @dataclass(frozen=True)
@@ -22,7 +32,7 @@ class RowResult:
     wanted: int
     """Runs that there shall be."""
     difference: Paired | None = None
-    """Of the test loss (validation loss in a ``tune`` table) to the baseline."""
+    """Of the test loss to the baseline's; none in a ``tune`` table."""
     p: float | None = None
     """Corrected for the number of rows of the table."""
 
@@ -96,18 +106,13 @@ def _table(study: Study, table: Table, records: Mapping[str, Record], best) -> T
             found[use.seed] = records[cell.key]
     rows = []
     for point in table.points:
-        base = _finished(runs[table.baseline, point.name])
-        group = []
-        for row in table.rows:
-            mine = runs[row.name, point.name]
-            difference = None
-            if row.name != table.baseline and table.kind != "tune":
-                own = _finished(mine)
-                both = [
-                    own[seed]["test_loss"] - base[seed]["test_loss"] for seed in sorted(own) if seed in base
-                ]
-                difference = paired(both)
-            group.append(RowResult(row.name, point.name, mine, len(table.seeds), difference))
+        differences = {} if table.kind == "tune" else _differences(table, point, runs)
+        group = [
+            RowResult(
+                row.name, point.name, runs[row.name, point.name], len(table.seeds), differences.get(row.name)
+            )
+            for row in table.rows
+        ]
         rows += _corrected(group)
     settled = {}
     if table.tuned is not None:
@@ -119,6 +124,24 @@ def _table(study: Study, table: Table, records: Mapping[str, Record], best) -> T
         _fits(table, rows) if table.kind == "scaling" else [],
         {name: point for name, point in settled.items() if point is not None},
     )
+
+
+def _differences(table: Table, point: Point, runs) -> dict[str, Paired]:
+    """Row -> difference of its test loss to the baseline's, by the error that the table asks for."""
+    losses = {
+        row.name: {
+            seed: run["test_loss"] for seed, run in sorted(_finished(runs[row.name, point.name]).items())
+        }
+        for row in table.rows
+    }
+    if table.error == "pooled":
+        return pooled(losses, table.baseline)
+    base = losses.pop(table.baseline)
+    found = {
+        name: paired([loss - base[seed] for seed, loss in mine.items() if seed in base])
+        for name, mine in losses.items()
+    }
+    return {name: one for name, one in found.items() if one is not None}
 
 
 def _finished(runs: Mapping[int, Record]) -> dict[int, Record]:
