@@ -1,13 +1,16 @@
 """The pages of docs/results are those that their files make."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from depthmix.study import load, read_records
 from depthmix.study.declare import Point
-from depthmix.study.page import page
-from depthmix.study.records import Record
+from depthmix.study.figures import draw_depth
+from depthmix.study.page import drawings, page
+from depthmix.study.records import Record, depth_of
 from depthmix.study.statistics import paired, pooled
 from depthmix.study.tables import tables_of
 
@@ -29,8 +32,8 @@ def test_page(path, monkeypatch):
         return
     written = study.page.read_text(encoding="utf-8")
     results = tables_of(study, records)
-    images = {result.table.name: f"img/{study.name}-{result.table.name}.png" for result in results}
-    figures = {name: image for name, image in images.items() if (study.page.parent / image).exists()}
+    figures = {name: f"img/{study.name}-{name}.png" for name, drawn in drawings(results) if drawn is not None}
+    assert all((study.page.parent / image).exists() for image in figures.values())
     assert figures and written == page(study, records, results, figures)
     # Every line is a run of the study as its file is now.
     best = {(result.table.name, row): point for result in results for row, point in result.best.items()}
@@ -38,32 +41,85 @@ def test_page(path, monkeypatch):
     assert set(records) <= keys
 
 
-@pytest.mark.parametrize("error", ["paired", "pooled"])
-def test_a_table_takes_the_error_that_it_names(study_file, error):
-    losses = {"prenorm": (2.0, 2.1, 2.3), "mgr-competitive": (1.9, 2.05, 2.2), "eight": (2.1, 2.05, 2.4)}
-    study = load(study_file(STUDY.replace("seeds = 3", f'seeds = 3\nerror = "{error}"')))
+LOSSES = {"prenorm": (2.0, 2.1, 2.3), "mgr-competitive": (1.9, 2.05, 2.2), "eight": (2.1, 2.05, 2.4)}
+
+
+def records_of(study, depth=None):
+    """Records of the runs of ``rates`` and ``main``, those with LOSSES and ``depth``: row -> value of each seed."""
     records = {}
     for table, point in (("rates", ""), ("main", "low")):
         best = {("rates", "prenorm"): Point("low", {"lr": 1e-3})} if point else {}
         for use, cell in study.uses(study.table(table), best):
-            values = {"config": cell.config.to_dict(), "status": "finished", "commit": "c", "environment": {}}
-            loss = losses[use.row][use.seed] if point else {"low": 1.0, "middle": 4.0, "high": 5.0}[use.point]
-            records[cell.key] = Record(
-                cell.key,
-                {**values, "test_loss": loss, "val_loss": loss, "flops_per_token": 1, "tokens": 9},
-                "here.jsonl",
-            )
-    # Runs that both tables have are of the second's losses now; the first still has its lowest where it was.
+            loss = LOSSES[use.row][use.seed] if point else {"low": 1.0, "middle": 4.0, "high": 5.0}[use.point]
+            values = {
+                "config": cell.config.to_dict(), "status": "finished", "commit": "c", "environment": {},
+                "test_loss": loss, "val_loss": loss, "flops_per_token": 1, "tokens": 9,
+            }  # fmt: skip
+            if point and depth:
+                values["depth"] = depth[use.row][use.seed]
+            # Runs that both tables have are of the second's losses; the first still has its lowest where it was.
+            records[cell.key] = Record(cell.key, values, "here.jsonl")
+    return records
+
+
+@pytest.mark.parametrize("error", ["paired", "pooled"])
+def test_a_table_takes_the_error_that_it_names(study_file, error):
+    study = load(study_file(STUDY.replace("seeds = 3", f'seeds = 3\nerror = "{error}"')))
+    records = records_of(study)
     main = tables_of(study, records)[1]
-    wanted = pooled({row: dict(enumerate(mine)) for row, mine in losses.items()}, "prenorm")
+    wanted = pooled({row: dict(enumerate(mine)) for row, mine in LOSSES.items()}, "prenorm")
     if error == "paired":
         wanted = {
-            row: paired([a - b for a, b in zip(losses[row], losses["prenorm"], strict=True)])
+            row: paired([a - b for a, b in zip(LOSSES[row], LOSSES["prenorm"], strict=True)])
             for row in wanted
         }
     assert {row.name: row.difference for row in main.rows if row.difference} == wanted
     text = page(study, records, [main], {})
     assert ("Errors are pooled" in text) == (error == "pooled")
+
+
+def test_what_rows_do_in_depth(study_file, tmp_path):
+    """The last line of a run's record, as means over the seeds that have one."""
+    lines = [
+        {"step": 10, "hidden_rms": [9.0, 9.0], "gate_mean": [9.0, 9.0]},
+        {
+            "step": 30, "hidden_rms": [0.5, 2.000049], "gate_mean": [None, 0.25], "gate_max": [None, 0.75],
+            "pool_mean": [[0.25] * 4, [0.5, 0.0, -0.5, 0.0]], "stream_rms": [[1.0], [1.0]], "gradient_rms": [3.0],
+        },
+        {"step": 30, "hidden_rms": [1.5, 4.0], "gate_mean": [None, 0.75], "pool_mean": [None, [0.0, 2.0]]},
+    ]  # fmt: skip
+    found = []
+    for number in range(3):
+        (tmp_path / str(number)).mkdir()
+        written = lines[: number + 1]
+        (tmp_path / str(number) / "depth.jsonl").write_text("".join(json.dumps(x) + "\n" for x in written))
+        found.append(depth_of(tmp_path / str(number)))
+    assert found[1] == {
+        "hidden_rms": [0.5, 2.0], "gate_mean": [None, 0.25], "gate_max": [None, 0.75], "sources": [4.0, 2.0],
+        "gradient_rms": [3.0],
+    }  # fmt: skip
+    assert found[2]["sources"] == [None, 1.0]
+    assert depth_of(tmp_path) is None
+
+    study = load(study_file())
+    records = records_of(
+        study,
+        {
+            "prenorm": [{"hidden_rms": [1.0, 8.0]}] * 3,
+            "eight": [None] * 3,
+            "mgr-competitive": [None, *found[1:]],
+        },
+    )
+    main = tables_of(study, records)[1]
+    row = main.row("mgr-competitive")
+    assert row.depth("hidden_rms").tolist() == [1.0, 3.0] and main.row("eight").depth("hidden_rms") is None
+    assert np.isnan(row.depth("gate_mean")[0]) and row.depth("gate_mean")[1] == 0.5
+    assert row.depth("sources").tolist() == [4.0, 1.5]
+    assert main.row("prenorm").depth("gate_mean") is None
+    text = page(study, records, [main], {})
+    assert "| `mgr-competitive` | 1 to 3 | 0.500 | 0.750 | 2.75 | 1.00 |" in text
+    assert "| `prenorm` | 1 to 8 | – | – | – | – |" in text and "| `eight` | 1" not in text
+    assert draw_depth(main).startswith(b"\x89PNG") and draw_depth(tables_of(study, records)[0]) is None
 
 
 def test_findings_are_those_of_the_records():

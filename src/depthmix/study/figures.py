@@ -31,7 +31,9 @@ def _png(figure) -> bytes:
 
 
 def _figure(panels: int, height: float):
-    return plots._figure(WIDTH if panels < 3 else 1.5 * WIDTH, height, panels, plots.INK, transparent=False)
+    return plots._figure(
+        WIDTH if panels < 3 else WIDTH * panels / 2, height, panels, plots.INK, transparent=False
+    )
 
 
 def _compare(result: TableResult) -> bytes | None:
@@ -76,6 +78,44 @@ def _compare(result: TableResult) -> bytes | None:
     plots.draw_loss(curves, groups, result.table.baseline, plots.INK)
     curves.legend(fontsize=7)
     return _png(figure)
+
+
+IN_DEPTH = (
+    ("hidden_rms", "RMS of what a sublayer reads"),
+    ("gate_mean", "share of its output that is admitted"),
+    ("sources", "streams or sources that count in a read"),
+    ("gradient_rms", "RMS of a block's gradient"),
+)
+"""Measure -> its axis."""
+
+
+def draw_depth(result: TableResult) -> bytes | None:
+    """What the rows do in depth, one panel a measure; None where no run has recorded it."""
+    import matplotlib
+    from matplotlib.ticker import MaxNLocator
+
+    panels = [
+        (measure, label, [(row, line) for row in result.rows if (line := row.depth(measure)) is not None])
+        for measure, label in IN_DEPTH
+    ]
+    panels = [panel for panel in panels if panel[2]]
+    if result.table.kind != "compare" or not panels:
+        return None
+    with matplotlib.rc_context(plots._settings(plots.INK, 9)):
+        styles = plots._style([row.name for row in result.rows], result.table.baseline, plots.INK)
+        figure, axes = _figure(len(panels), 3.4)
+        for (measure, label, lines), ax in zip(panels, axes, strict=True):
+            for row, line in lines:
+                colour, style = styles[row.name]
+                places = np.arange(1, line.size + 1)
+                ax.plot(places, line, color=colour, linestyle=style, linewidth=1.4, label=row.name)
+            if measure != "sources":
+                ax.set_yscale("log")
+            ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            ax.set_xlabel("block" if measure == "gradient_rms" else "sublayer")
+            ax.set_title(label, fontsize=9)
+        axes[0].legend(frameon=False, fontsize=7)
+        return _png(figure)
 
 
 def _run(record: Record) -> RunRecord:

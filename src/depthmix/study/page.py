@@ -1,17 +1,19 @@
 """A study's page: Markdown with tables and figures, and the same tables on the terminal.
 
 Everything in it comes from the study's file and its records. Figures lie in ``img`` beside the page, as
-``STUDY-TABLE.png``.
+``STUDY-TABLE.png``, those of what rows do in depth as ``STUDY-TABLE-depth.png``.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+import numpy as np
 
 from ..report.table import signed
 from ..report.write import write_atomically
 from .declare import Study, Table
-from .figures import draw
+from .figures import draw, draw_depth
 from .records import Record
 from .statistics import LEVEL
 from .tables import RowResult, TableResult, spread_between_seeds, tables_of
@@ -23,25 +25,31 @@ def write_page(study: Study, records: Mapping[str, Record]) -> Path:
     images = study.page.parent / "img"
     images.mkdir(parents=True, exist_ok=True)
     figures = {}
-    for result in results:
-        image = images / f"{study.name}-{result.table.name}.png"
-        drawn = draw(result)
+    for name, drawn in drawings(results):
+        image = images / f"{study.name}-{name}.png"
         if drawn is None:
             image.unlink(missing_ok=True)
         else:
             write_atomically(image, drawn)
-            figures[result.table.name] = f"img/{image.name}"
+            figures[name] = f"img/{image.name}"
     return write_atomically(study.page, page(study, records, results, figures).encode())
+
+
+def drawings(results: list[TableResult]) -> Iterator[tuple[str, bytes | None]]:
+    """Name and PNG of every figure; None of one that has nothing to show yet."""
+    for result in results:
+        yield result.table.name, draw(result)
+        yield f"{result.table.name}-depth", draw_depth(result)
 
 
 def page(
     study: Study, records: Mapping[str, Record], results: list[TableResult], figures: dict[str, str]
 ) -> str:
-    """The Markdown. ``figures``: table -> path of its figure from the page."""
+    """The Markdown. ``figures``: name as in :func:`drawings` -> path of the figure from the page."""
     used = {run.key: run for result in results for row in result.rows for run in row.runs.values()}
     parts = [f"# {study.title}", study.text, _made(study, used), _how(study, used)]
     for result in results:
-        parts += _section(result, figures.get(result.table.name))
+        parts += _section(result, figures)
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -99,14 +107,17 @@ def _how(study: Study, used: Mapping[str, Record]) -> str:
     )
 
 
-def _section(result: TableResult, figure: str | None) -> list[str]:
+def _section(result: TableResult, figures: dict[str, str]) -> list[str]:
     table = result.table
     parts = [f"## {table.title}", table.text, _state(result)]
     if result.done:
         parts.append({"compare": _compare, "tune": _tune, "scaling": _scaling}[table.kind](result))
         parts.append("\n".join(f"- {sentence}" for sentence in statements(result)))
-        if figure:
-            parts.append(f"![{table.title}]({figure})")
+        if table.name in figures:
+            parts.append(f"![{table.title}]({figures[table.name]})")
+        parts.append(_depth(result))
+        if f"{table.name}-depth" in figures:
+            parts.append(f"![{table.title}: in depth]({figures[f'{table.name}-depth']})")
     return parts
 
 
@@ -195,6 +206,37 @@ def _compare(result: TableResult) -> str:
         lines.append(cells)
     return _markdown(head, lines) + (
         "" if alone else "\n\nNo speeds: the runs shared their machine with each other, or were on several."
+    )
+
+
+def _depth(result: TableResult) -> str:
+    """What rows do in depth, where their runs have recorded it."""
+    if result.table.kind != "compare":
+        return ""
+    lines = []
+    for row in result.rows:
+        read, gate, largest = row.depth("hidden_rms"), row.depth("gate_mean"), row.depth("gate_max")
+        sources, gradient = row.depth("sources"), row.depth("gradient_rms")
+        if read is None:
+            continue
+        lines.append(
+            [
+                f"`{row.name}`",
+                f"{read[read.size // 4]:.3g} to {read[-1]:.3g}",
+                "–" if gate is None else f"{np.nanmean(gate):.3f}",
+                "–" if largest is None else f"{np.nanmax(largest):.3f}",
+                "–" if sources is None else f"{np.nanmean(sources):.2f}",
+                "–" if gradient is None else f"{gradient[0] / gradient[-1]:.2f}",
+            ]
+        )
+    if not lines:
+        return ""
+    head = ["in depth", "RMS of what is read", "gate", "largest gate", "sources read", "gradient"]
+    return _markdown(head, lines) + (
+        "\n\nAt the end of training, means over seeds. RMS of what is read: by the sublayer after a quarter of the "
+        "depth and by the last. Gate: share of its output that is admitted, mean over sublayers, streams and tokens. "
+        "Sources read: how many streams (or earlier outputs) count in what a sublayer reads, by the mean weights, mean "
+        "over sublayers. Gradient: RMS of the first block's over the last one's."
     )
 
 

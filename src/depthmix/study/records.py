@@ -3,8 +3,8 @@
 A line holds ``format``, ``key`` (:func:`depthmix.study.declare.key_of`), ``name``, ``status`` ("finished" or
 "diverged"), ``config`` (of the training; paths of its data as the study's file has them), ``data`` (split ->
 fingerprint), the measures of :data:`MEASURES`, ``curve`` (``step``, ``train_loss``: means over equal parts of the run;
-``val_step``, ``val_loss``), ``environment``, ``side_by_side`` (runs that shared the machine), ``commit`` and ``ended``
-(UTC). Losses are in nats a token, and None where a run diverged.
+``val_step``, ``val_loss``), ``depth`` (:func:`depth_of`), ``environment``, ``side_by_side`` (runs that shared the
+machine), ``commit`` and ``ended`` (UTC). Losses are in nats a token, and None where a run diverged.
 """
 
 import datetime
@@ -18,11 +18,12 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import RunError, UserError
-from ..report.records import parse_lines, read_json, read_run
+from ..report.records import parse_lines, read_json, read_lines, read_run
 from .declare import Cell
 
 FORMAT = 1
 CURVE_POINTS = 60
+IN_DEPTH = ("hidden_rms", "output_rms", "gate_mean", "gate_max", "gradient_rms")
 MEASURES = (
     "steps", "tokens", "parameters", "connection_parameters", "train_loss", "val_loss", "best_val_loss", "test_loss",
     "test_tokens", "flops_per_token", "tokens_per_s", "peak_memory_bytes", "saved_bytes_per_token", "wall_seconds",
@@ -119,6 +120,7 @@ def record_of(cell: Cell, folder: Path, side_by_side: int) -> dict | None:
         "data": test.get("data"),
         **{name: measured.get(name) for name in MEASURES},
         "curve": curve(run.train, run.val),
+        "depth": depth_of(folder),
         "environment": run.environment,
         "side_by_side": side_by_side,
         "commit": commit(),
@@ -138,6 +140,32 @@ def curve(
         "val_step": [int(step) for step in val["step"]],
         "val_loss": _rounded(val["loss"]),
     }
+
+
+def depth_of(folder: Path) -> dict[str, list[float | None]] | None:
+    """What the network did in depth at the end of the run in ``folder``; None where it recorded nothing.
+
+    Of the last line of ``depth.jsonl`` (:mod:`depthmix.health`), as far as the connection has them: ``hidden_rms``,
+    ``output_rms``, ``gate_mean``, ``gate_max`` by sublayer, ``gradient_rms`` by block, and ``sources`` by sublayer: how
+    many streams or sources count in what is read behind it, ``(sum |w|)^2 / sum w^2`` of their mean weights w.
+    """
+    last = next(reversed(read_lines(folder / "depth.jsonl")), None)
+    if last is None:
+        return None
+    found = {name: last[name] for name in IN_DEPTH if last.get(name) is not None}
+    if "pool_mean" in last:
+        found["sources"] = [_sources(weights) for weights in last["pool_mean"]]
+    return {
+        name: [None if value is None else float(f"{value:.4g}") for value in values]
+        for name, values in found.items()
+    }
+
+
+def _sources(weights: list[float | None] | None) -> float | None:
+    if weights is None or None in weights:
+        return None
+    w = np.abs(np.array(weights, dtype=float))
+    return float(w.sum() ** 2 / (w**2).sum()) if w.any() else None
 
 
 def _rounded(values: Iterable[float]) -> list[float | None]:

@@ -4,6 +4,8 @@ import statistics as builtin
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from ..report.table import mean_and_error
 from .declare import Point, Study, Table
 from .queue import best_points
@@ -47,6 +49,22 @@ class RowResult:
     def mean(self, measure: str) -> tuple[float | None, float | None]:
         """Mean and standard error over the seeds that have finished."""
         return mean_and_error([run[measure] for run in self.finished.values() if run[measure] is not None])
+
+    def depth(self, measure: str) -> np.ndarray | None:
+        """A measure of :func:`~depthmix.study.records.depth_of` by sublayer or block: mean over the seeds that have it.
+
+        NaN where no such seed has a number; None where there is no number at all.
+        """
+        found = [
+            run["depth"][measure]
+            for run in self.finished.values()
+            if run["depth"] is not None and measure in run["depth"]
+        ]
+        values = np.array(found, dtype=float)
+        count = np.isfinite(values).sum(0)
+        if not count.any():
+            return None
+        return np.where(count > 0, np.nansum(values, 0), np.nan) / np.maximum(count, 1)
 
     @property
     def verdict(self) -> str:
