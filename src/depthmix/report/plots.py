@@ -237,8 +237,8 @@ def draw_learning_rate(ax, groups: Groups, ink: str) -> None:
     ax.set_ylabel("learning rate")
 
 
-def _figure(width: float, height: float, panels: int, ink: str, transparent: bool):
-    """A figure with ``panels`` axes side by side and matplotlib's settings for this look."""
+def _figure(width: float, height: float, panels: int, ink: str, transparent: bool, rows: int = 1):
+    """A figure with ``panels`` axes, side by side in ``rows``, and matplotlib's settings for this look."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -246,7 +246,10 @@ def _figure(width: float, height: float, panels: int, ink: str, transparent: boo
     FigureCanvasAgg(figure)
     if transparent:
         figure.patch.set_alpha(0)
-    axes = figure.subplots(1, panels, squeeze=False)[0]
+    axes = figure.subplots(rows, -(-panels // rows), squeeze=False).ravel()
+    for spare in axes[panels:]:
+        spare.remove()
+    axes = axes[:panels]
     for ax in axes:
         if transparent:
             ax.patch.set_alpha(0)

@@ -103,7 +103,10 @@ def draw_depth(result: TableResult) -> bytes | None:
         return None
     with matplotlib.rc_context(plots._settings(plots.INK, 9)):
         styles = plots._style([row.name for row in result.rows], result.table.baseline, plots.INK)
-        figure, axes = _figure(len(panels), 3.4)
+        rows = 1 if len(panels) < 3 else 2
+        figure, axes = plots._figure(
+            1.2 * WIDTH, 3.2 * rows, len(panels), plots.INK, transparent=False, rows=rows
+        )
         for (measure, label, lines), ax in zip(panels, axes, strict=True):
             for row, line in lines:
                 colour, style = styles[row.name]
@@ -114,7 +117,9 @@ def draw_depth(result: TableResult) -> bytes | None:
             ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             ax.set_xlabel("block" if measure == "gradient_rms" else "sublayer")
             ax.set_title(label, fontsize=9)
-        axes[0].legend(frameon=False, fontsize=7)
+        figure.legend(
+            *axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8
+        )
         return _png(figure)
 
 
