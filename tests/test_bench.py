@@ -33,7 +33,8 @@ def small_machine(monkeypatch):
 
 
 def size(dtype="fp32", n=3, width=5, tokens=7):
-    return Size(torch.device("cpu"), DTYPES[dtype], n, width, tokens)
+    axes = {axis: value for axis, value in (("n", n), ("width", width)) if value is not None}
+    return Size(torch.device("cpu"), DTYPES[dtype], axes, tokens)
 
 
 def measure(problem, **options):

@@ -190,7 +190,7 @@ def sublayer_name(sublayer: int) -> str:
 
 def scalars(line: dict) -> dict[str, float]:
     """The finite numbers of a line of ``depth.jsonl`` by tag: ``gate_mean/3 attn``, ``stream_rms/3 mlp stream 0``."""
-    values = {}
+    values: dict[str, float | None] = {}
     for key in _NUMBERS:
         values |= {f"{key}/{sublayer_name(i)}": x for i, x in enumerate(line.get(key, ()))}
     for key, what in (("stream_rms", "stream"), ("pool_mean", "source")):
@@ -253,8 +253,8 @@ def images(history: list[dict]) -> dict[str, "Picture"]:
         columns = [entry[key] for entry in shown if entry.get(key)]
         if columns:
             values = np.array([[np.nan if x is None else x for x in column] for column in columns]).T
-            steps = [f"{entry['step']:,}" for entry in (shown[0], shown[-1])]
-            pictures[f"depth/{key} over time"] = heat_map(values, f"{what} down, step across", tuple(steps))
+            steps = f"{shown[0]['step']:,}", f"{shown[-1]['step']:,}"
+            pictures[f"depth/{key} over time"] = heat_map(values, f"{what} down, step across", steps)
     return pictures
 
 

@@ -95,6 +95,7 @@ def describe(config: TrainConfig) -> dict:
         "tokens_per_step": config.tokens_per_step,
         "tokens": config.tokens_per_step * config.steps,
     }
-    if hasattr(model.residual, "gate_summary"):
-        result["gate"] = model.residual.gate_summary()
+    summarise = getattr(model.residual, "gate_summary", None)
+    if summarise is not None:
+        result["gate"] = summarise()
     return result

@@ -55,9 +55,9 @@ def reconstruction_error(model: "GPT", ids: Tensor) -> list[dict]:
     Raises:
         ValueError: the model has no lerping sublayer.
     """
-    from .residuals.mgr import LerpSite
+    from .residuals.mgr import LerpSite, MultiGateResiduals
 
-    steps = []
+    steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     def record(site, args, result):
         layer_output, (streams,) = args
@@ -79,6 +79,7 @@ def reconstruction_error(model: "GPT", ids: Tensor) -> list[dict]:
         for handle in handles:
             handle.remove()
 
+    assert isinstance(model.residual, MultiGateResiduals)  # whose sites these are
     fallback, rows = model.residual.fallback, steps[0][3].numel()
     budget, kept, report = inversion.first_budget(steps[0][1]), [], []
     amplification = torch.ones_like(steps[0][3])
@@ -96,7 +97,7 @@ def reconstruction_error(model: "GPT", ids: Tensor) -> list[dict]:
                 "amplification": amplification.max().item(),
             }
         )
-    current = None
+    current = steps[-1][2]
     for i in reversed(range(len(steps))):
         layer_output, streams, _, beta = steps[i]
         current = inversion.undo(current, layer_output, beta, kept[i])

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.peers
     ],
 )
 def test_peer_is_right_and_timed(name, variant, peer):
-    size = Size(torch.device("cpu"), torch.float32, 4, 24, 64)
+    size = Size(torch.device("cpu"), torch.float32, {"n": 4, "width": 24}, 64)
     record = runner.measure(
         CASES[name].build(size, variant), torch.device("cpu"), kernels=("auto",), against=("peers",), rounds=1,
         flush=False, copy_bytes=2**12,

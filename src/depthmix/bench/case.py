@@ -22,13 +22,21 @@ CPU_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Size:
-    """What a problem is built for. ``n`` and ``width`` are ``None`` where the case has no such axis."""
+    """What a problem is built for."""
 
     device: torch.device
     dtype: torch.dtype
-    n: int | None
-    width: int | None
+    axes: dict[str, int]
+    """``n`` and ``width``, as far as the case has these axes."""
     tokens: int
+
+    @property
+    def n(self) -> int:
+        return self.axes["n"]
+
+    @property
+    def width(self) -> int:
+        return self.axes["width"]
 
     def draw(self, *shape: int, scale: float = 1.0, seed: int) -> Tensor:
         """Normal numbers, the same on every device, in the case's dtype."""

@@ -208,10 +208,9 @@ def _block(size: Size, variant: str) -> Problem:
         inputs[f"query.{j}"] = site.query
 
     def reference(x: Tensors) -> Tensors:
-        sources, running, outputs = _named("source", x), None, {}
+        sources, running, outputs = _named("source", x), x["layer_output.0"], {}
         for j in range(BLOCK_READS):
-            y = x[f"layer_output.{j}"]
-            running = y if running is None else running + y
+            running = running + x[f"layer_output.{j}"] if j else running
             stacked = torch.stack([*sources, running], -2)
             outputs[f"h.{j}"] = attention_pool(stacked, x[f"query.{j}"], 1.0, EPS)
         return {**outputs, "running_sum": running}
@@ -341,6 +340,8 @@ def _hyper_step(size: Size, variant: str) -> Problem:
         for name, value in _hyper_parameters(size, variant, k).items():
             inputs[f"{name}.{k}"] = value
             shared.add(f"{name}.{k}")
+    family: hyper.Manifold | hyper.HyperDynamic
+    names: tuple[str, ...]
     if variant == "mhc":
         family = hyper.Manifold(n, SINKHORN_ITERATIONS, EPS)
         names, coefficients = ("projection", "bias", "alpha"), manifold_reference

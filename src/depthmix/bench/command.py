@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int:
     if args.list:
         return _list()
     if args.from_ is not None:
-        return _redraw(args)
+        return _redraw(args.from_, args.plots)
     plan = _plan(args)
 
     import torch
@@ -184,9 +184,11 @@ class Plan:
                             tokens = args.tokens or (
                                 max(1024, FILL // held // 1024 * 1024) if cuda else CPU_TOKENS
                             )
-                            size = Size(self.device, DTYPES[dtype], n, width, tokens)
-                            place = {"case": name, "variant": variant, "dtype": dtype, "n": n}
-                            place |= {"width": width, "tokens": tokens}
+                            lengths = {"n": n, "width": width}
+                            given = {axis: k for axis, k in lengths.items() if k is not None}
+                            size = Size(self.device, DTYPES[dtype], given, tokens)
+                            place = {"case": name, "variant": variant, "dtype": dtype, **lengths}
+                            place |= {"tokens": tokens}
                             yield _key(place), lambda c=case, p=place, s=size: self._operation(c, p, s, args)
 
     def _operation(self, case, place: dict, size, args: Bench) -> dict:
@@ -211,20 +213,24 @@ class Plan:
     def _step_problems(self, name: str, variants: tuple[str, ...], args: Bench):
         for dtype in self.dtypes:
             for variant in variants:
-                place = {"case": name, "variant": variant, "dtype": dtype, "preset": self.preset}
+                place: dict[str, typing.Any] = {"case": name, "variant": variant, "dtype": dtype}
+                place |= {"preset": self.preset}
                 place |= {"sequences": args.sequences, "compile": args.compile}
                 place |= {"models": ",".join(self.residuals), "memory": ",".join(args.stream_memory)}
                 place |= {"kernels": ",".join(args.kernels or ("auto",))}
                 yield _key(place), lambda p=place: self._step(p, args)
 
     def _step(self, place: dict, args: Bench) -> dict:
+        from ..config import StreamMemory
         from .case import DTYPES
         from .machine import MATRIX_SIZE, matrix_flops
         from .steps import StepSettings, generation_step, training_step
 
         peak = matrix_flops(self.device, DTYPES[place["dtype"]], MATRIX_SIZE[self.device.type])
+        # _plan() has checked their names.
+        memories = typing.cast(tuple[StreamMemory, ...], args.stream_memory)
         settings = StepSettings(
-            self.device, self.preset, place["dtype"], self.residuals, args.stream_memory,
+            self.device, self.preset, place["dtype"], self.residuals, memories,
             args.kernels or ("auto",), args.compile, self.rounds, args.sequences, peak,
         )  # fmt: skip
         if place["case"] == "training-step":
@@ -308,7 +314,7 @@ SAME_MACHINE = ("device", "threads", "torch", "commit", "driver", "triton")
 
 def _kept(args: Bench, described: dict, plan: Plan) -> list[dict]:
     """The problems of an earlier part of this record."""
-    if not args.resume or not Path(args.out).exists():
+    if not args.resume or args.out is None or not Path(args.out).exists():
         return []
     record = read_record(args.out)
     for name in SAME_MACHINE:
@@ -370,12 +376,12 @@ def _print_head(record: dict, out) -> None:
     )
 
 
-def _redraw(args: Bench) -> int:
+def _redraw(record: str, plots: str | None) -> int:
     from . import report
 
-    if args.plots is None:
+    if plots is None:
         raise UserError("--from draws the plots of a record; say where to with --plots DIR")
-    for path in report.draw(read_record(args.from_), Path(args.plots)):
+    for path in report.draw(read_record(record), Path(plots)):
         print(f"written: {path}")
     return 0
 

@@ -7,6 +7,8 @@ no longer holds, the package fails or its result is refused by the check, and th
 An implementation gets its inputs in its own layout: stacking sources that it wants stacked is not timed.
 """
 
+import functools
+
 import torch
 
 from .case import Adapted, Peer, Size, Tensors, leaf
@@ -102,7 +104,7 @@ def attnres(size: Size, x: Tensors, count: int, eps: float) -> list[Peer]:
             Peer(
                 f"fla fused_attnres, level {level}",
                 "fla-core",
-                lambda level=level: fla("fused_attnres", checkpoint_level=level),
+                functools.partial(fla, "fused_attnres", checkpoint_level=level),
                 device="cuda",
             )
             for level in (0, 1)
@@ -168,7 +170,7 @@ def attnres_block(size: Size, x: Tensors, sources: int, reads: int, eps: float) 
     return [
         *(
             Peer(
-                f"fla fused_attnres, level {level}", "fla-core", lambda level=level: fla(level), device="cuda"
+                f"fla fused_attnres, level {level}", "fla-core", functools.partial(fla, level), device="cuda"
             )
             for level in (0, 1)
         ),

@@ -190,7 +190,9 @@ def _ratios(problems: list[dict]) -> bytes:
     others: dict[str, list[tuple[int, float]]] = {}
     for index, problem in enumerate(problems):
         kinds = {row["candidate"]: row["kind"] for row in problem["rows"]}
-        for name, ratio in _own(problem)["modes"]["both"]["over"].items():
+        own = _own(problem)
+        assert own is not None  # draw() leaves the others out
+        for name, ratio in own["modes"]["both"]["over"].items():
             if kinds[name] != "depthmix":
                 others.setdefault(name, []).append((index, ratio))
 

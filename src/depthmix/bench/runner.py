@@ -25,6 +25,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -175,6 +176,7 @@ def truth(problem: Problem, upstream: Tensors) -> Tensors:
 def result(candidate: Candidate, upstream: Tensors) -> Tensors:
     """Outputs and gradients (``d NAME``) of a candidate, in the case's names."""
     made = candidate.made
+    assert made is not None, candidate.name
     with using(candidate.kernels):
         outputs = made.run(made.leaves)
         gradients = _gradients(outputs, made.leaves, upstream)
@@ -188,7 +190,7 @@ def tolerance_floor(dtype: torch.dtype, vectors: float = 0) -> float:
     return 2.0**-20 + rounding + 2.0**-24 * vectors**0.5
 
 
-def difference(x: Tensor, exact: Tensor) -> float:
+def difference(x: Tensor | None, exact: Tensor) -> float:
     """Largest difference over the largest value; infinite where a value is missing or not finite."""
     if x is None or x.shape != exact.shape:
         return float("inf")
@@ -299,6 +301,7 @@ class Clock:
 
     def __call__(self, candidate: Candidate, upstream: Tensors) -> tuple[float, float]:
         made = candidate.made
+        assert made is not None, candidate.name
         with using(candidate.kernels):
             if self.device.type != "cuda":
                 began = time.perf_counter()
@@ -407,7 +410,7 @@ def measure(
 def rows(competitors: list[Candidate], floor: dict, once: Copy, far: Copy) -> Iterator[dict]:
     timed = [c for c in competitors if c.status == "timed"]
     for candidate in competitors:
-        row = {
+        row: dict[str, Any] = {
             "candidate": candidate.name,
             "kind": candidate.kind,
             "version": candidate.version,

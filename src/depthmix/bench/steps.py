@@ -17,15 +17,17 @@ import copy
 import dataclasses
 import statistics
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..config import TrainConfig
+from ..config import Precision, StreamMemory, TrainConfig
 from ..info import describe, forward_flops
 from ..model import GPT, KVCache
-from ..optim import build_optimizer
+from ..optim import MuonAdamW, build_optimizer
 from ..presets import preset
 from ..train import build_model
 from .machine import now
@@ -43,7 +45,7 @@ class Trainee:
 
     config: TrainConfig
     model: GPT
-    optimizer: object
+    optimizer: MuonAdamW
     kernels: str | None = None
     """depthmix's backend; ``None`` leaves the choice as it is."""
     peak: int = 0
@@ -53,6 +55,10 @@ class Trainee:
         self.gradients: list[float] = []
         self.updates: list[float] = []
         self.forward = torch.compile(self.model) if self.config.compile else self.model
+
+    def let_go(self) -> None:
+        """Drop what it holds on the device; nothing can be done with it any more."""
+        del self.model, self.forward, self.optimizer
 
 
 def trainee(config: TrainConfig, device: torch.device, kernels: str | None = None) -> Trainee:
@@ -125,9 +131,9 @@ def random_batch(config: TrainConfig, sequences: int, device: torch.device) -> T
 class StepSettings:
     device: torch.device
     preset: str
-    precision: str
+    precision: Precision
     residuals: tuple[str, ...]
-    stream_memory: tuple[str, ...]
+    stream_memory: tuple[StreamMemory, ...]
     kernels: tuple[str, ...]
     compile: bool
     rounds: int
@@ -189,7 +195,7 @@ def _gradient(model: GPT, ids: Tensor, precision: str) -> Tensor:
     return torch.cat([g.flatten() for g in gradients])
 
 
-def _judge(what: str, run, exact_run, reference_run, choice: str) -> dict:
+def _judge(what: str, run, exact_run, reference_run, choice: str | None) -> dict:
     """``{"status", "reason", "error"}`` of what ``run`` returns, by the rule at the head of this file."""
     with using("torch"):
         exact, reference = exact_run(), reference_run()
@@ -222,12 +228,18 @@ def _describe_failure(error: BaseException) -> dict:
     return {"status": "failed", "reason": f"{type(error).__name__}: {lines[0]}"[:300]}
 
 
+def _row(label: str) -> dict[str, Any]:
+    """Of a model that nothing is known about yet."""
+    return {"candidate": label, "kind": "model", "version": None, "status": "waiting", "reason": None}
+
+
 def training_step(settings: StepSettings) -> dict:
     """The record of the case: a row for every model."""
     device = settings.device
-    running, rows = [], []
+    running: list[tuple[dict, Trainee]] = []
+    rows = []
     for label, config, kernels in settings.variants():
-        row = {"candidate": label, "kind": "model", "version": None, "status": "waiting", "reason": None}
+        row = _row(label)
         rows.append(row)
         try:
             with warnings.catch_warnings():
@@ -251,7 +263,7 @@ def training_step(settings: StepSettings) -> dict:
         except Exception as error:
             row |= _describe_failure(error)
             running.remove((row, each))
-            each.model = each.forward = each.optimizer = None
+            each.let_go()
     train_in_turns([each for _, each in running], inputs, targets, settings.rounds, passes, device)
     baseline = next((each for row, each in running if row["candidate"] == "prenorm"), None)
     for row, each in running:
@@ -302,14 +314,14 @@ def generation_step(settings: StepSettings, batch: int) -> dict:
     prefix = max(1, min(512, base.model.seq_len // 2))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, base.model.vocab_size, (batch, prefix + 1), generator=generator).to(device)
-    running, rows = [], []
-    names = set()
+    running: list[tuple[dict, Callable[[], Tensor], str, list[float]]] = []
+    rows, names = [], set()
     for label, config, kernels in settings.variants():
         label = label.replace(f", {config.model.stream_memory}", "")
         if label in names:  # without gradients nothing is stored, however it would be
             continue
         names.add(label)
-        row = {"candidate": label, "kind": "model", "version": None, "status": "waiting", "reason": None}
+        row = _row(label)
         rows.append(row)
         try:
             with warnings.catch_warnings():
@@ -344,7 +356,7 @@ def generation_step(settings: StepSettings, batch: int) -> dict:
     return {"batch": batch, "prefix": prefix, "rows": rows}
 
 
-def _decoder(model: GPT, ids: Tensor, prefix: int):
+def _decoder(model: GPT, ids: Tensor, prefix: int) -> Callable[[], Tensor]:
     """A function that reads one more token of each sequence behind a cache of ``prefix`` tokens."""
     parameter = model.embed.weight
     cache = KVCache.empty(model.config, len(ids), prefix + 1, parameter.device, parameter.dtype)

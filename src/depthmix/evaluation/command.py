@@ -4,13 +4,16 @@ import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from .. import flags
 from ..errors import UserError
 from .progress import Progress
+
+if TYPE_CHECKING:
+    from ..data.sources import Reading, Source
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ class Documents:
     def __init__(self, paths: tuple[str, ...], text_field: str):
         from ..data.sources import FileSource, _endings, find_sources
 
-        self._sources = []
+        self._sources: list[Source] = []
         for given in paths:
             path = Path(given).expanduser()
             if path.is_file() and _endings(path) is None:
@@ -152,7 +155,8 @@ class Documents:
             else:
                 self._sources += find_sources((given,), text_field)
         self._size = sum(source.size for source in self._sources)
-        self._before, self._reading, self._known = 0, None, 0
+        self._before, self._known = 0, 0
+        self._reading: Reading | None = None
 
     def __iter__(self):
         from ..data.sources import Reading

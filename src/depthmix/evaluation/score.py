@@ -1,6 +1,7 @@
 """Log-probabilities of given continuations, in batches of unequal length."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal, overload
 
 import numpy as np
 import torch
@@ -59,6 +60,18 @@ def longest_first(rows: Sequence[np.ndarray], batch_size: int) -> Iterator[list[
     order = sorted(range(len(rows)), key=lambda place: -len(rows[place]))
     for begin in range(0, len(order), batch_size):
         yield order[begin : begin + batch_size]
+
+
+@overload
+def log_probabilities(
+    model: GPT, rows: Sequence[np.ndarray], first: Sequence[int], *, likeliest: Literal[False] = False
+) -> tuple[np.ndarray, None]: ...
+
+
+@overload
+def log_probabilities(
+    model: GPT, rows: Sequence[np.ndarray], first: Sequence[int], *, likeliest: Literal[True]
+) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 @torch.inference_mode()

@@ -106,7 +106,7 @@ def _versions(record: RunRecord | None) -> str | None:
 
 def _commit() -> str | None:
     """Of the sources that run, where they lie in a clone of them (and not in some other project's)."""
-    found = None
+    said = ""
     for command in (["ls-files", "--error-unmatch", Path(__file__).name], ["rev-parse", "HEAD"]):
         try:
             found = subprocess.run(
@@ -116,7 +116,8 @@ def _commit() -> str | None:
             return None
         if found.returncode:
             return None
-    return f"`{found.stdout.strip()}`"
+        said = found.stdout.strip()
+    return f"`{said}`"
 
 
 def _without_places(config: TrainConfig) -> dict:

@@ -300,12 +300,13 @@ def _read_json(path: Path) -> dict | None:
 
 def _weight_files(folder: Path) -> list[Path]:
     index = _read_json(folder / "model.safetensors.index.json")
+    names: set[str] = set()
     if index is None:
-        names = {"model.safetensors"} if (folder / "model.safetensors").exists() else set()
+        if (folder / "model.safetensors").exists():
+            names.add("model.safetensors")
     else:
         table = index.get("weight_map")
-        names = set(table.values()) if isinstance(table, dict) else {None}
-        for name in names:
+        for name in table.values() if isinstance(table, dict) else (None,):
             if not isinstance(name, str) or not re.fullmatch(
                 r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.safetensors", name
             ):
@@ -313,6 +314,7 @@ def _weight_files(folder: Path) -> list[Path]:
                     f"{folder / 'model.safetensors.index.json'} names {str(name)[:80]!r} as a file of weights; only "
                     f".safetensors files in the folder itself are read"
                 )
+            names.add(name)
     if not names:
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
         if pickles:

@@ -81,7 +81,7 @@ class _Module:
 
     @classmethod
     def read(cls, name: str) -> "_Module":
-        file = _file(name)
+        file = _source(name)
         text = file.read_text(encoding="utf-8")
         made = cls(name, text.encode())
         made.starts = [0]
@@ -96,7 +96,7 @@ class _Module:
             self.definitions[node.name].append(node)
         elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             self.definitions[node.targets[0].id].append(node)
-        elif isinstance(node, ast.AnnAssign):
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             self.definitions[node.target.id].append(node)
         elif isinstance(node, ast.Import):
             for alias in node.names:
@@ -104,7 +104,7 @@ class _Module:
                 self.outside[bound] = f"import {alias.name}" + (f" as {alias.asname}" if alias.asname else "")
         elif isinstance(node, ast.ImportFrom):
             base = parent.rsplit(".", node.level - 1)[0] if node.level > 1 else parent
-            origin = node.module if not node.level else ".".join(filter(None, [base, node.module]))
+            origin = ".".join(filter(None, [base if node.level else None, node.module]))
             for alias in node.names:
                 bound = alias.asname or alias.name
                 if not origin.startswith(PACKAGE):
@@ -127,6 +127,13 @@ def _file(name: str) -> Path | None:
     """The source of a module of the package. Nothing is imported: what is gathered may need what is not installed."""
     place = Path(__file__).parents[1].joinpath(*name.split(".")[1:])
     return next((f for f in (place.with_suffix(".py"), place / "__init__.py") if f.exists()), None)
+
+
+def _source(name: str) -> Path:
+    file = _file(name)
+    if file is None:
+        raise ValueError(f"the package has no module {name} whose source could be gathered")
+    return file
 
 
 @dataclass
@@ -295,7 +302,7 @@ class _Gathering:
     def final_names(self) -> dict[Key, str]:
         """A name for each definition that no other has and that nothing binds inside of a definition."""
         keys = [*self.read, *self.given]
-        counts = defaultdict(int)
+        counts: dict[str, int] = defaultdict(int)
         for _, name in keys:
             counts[name] += 1
         taken = set(dir(builtins)) | {
@@ -389,7 +396,7 @@ def model_code(config: GPTConfig) -> str:
     made = made.format(options=names.get(options))
     built = BUILD.format(residual=config.residual, factory=names[factory], options=made, name=names[build])
     listed = "\n".join(f'    "{name}",' for name in FIELDS)
-    about = ast.get_docstring(ast.parse(_file(factory[0]).read_text(encoding="utf-8")))
+    about = ast.get_docstring(ast.parse(_source(factory[0]).read_text(encoding="utf-8")))
     imports = {statement for found in gathering.read.values() for *_, r in found for statement in r.outside}
     texts = [gathering.text(key, names) for key in gathering.order()]
     parts = [

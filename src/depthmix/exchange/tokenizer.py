@@ -18,6 +18,7 @@ from ..data.tokenizers import (
     GPT2Tokenizer,
     Tokenizer,
     _byte_of_character,
+    _MergeTokenizer,
     load_tokenizer,
 )
 from ..errors import UserError
@@ -28,11 +29,12 @@ _PRE = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "u
 def to_json(tokenizer: Tokenizer) -> str:
     """``tokenizer.json`` of a run's tokenizer."""
     character = {byte: char for char, byte in _byte_of_character().items()}
+    learnt: dict[str, tuple[str, str]] = {}
     if isinstance(tokenizer, ByteTokenizer):
-        ranks, learnt = {bytes((byte,)): byte for byte in range(256)}, {}
+        ranks = {bytes((byte,)): byte for byte in range(256)}
     else:
+        assert isinstance(tokenizer, _MergeTokenizer), tokenizer
         ranks = tokenizer._encoding._mergeable_ranks
-        learnt = {}
         if isinstance(tokenizer, BPETokenizer):
             for left, right in tokenizer.merges:
                 learnt.setdefault(left + right, (left, right))
@@ -99,7 +101,7 @@ def from_json(values: dict) -> Tokenizer:
         for tokenizer in candidates:
             if json.loads(to_json(tokenizer))["model"]["vocab"] == vocab:
                 return tokenizer
-        learnt = {}
+        learnt: dict[str, list[str]] = {}
         for left, right in values["model"]["merges"]:
             learnt.setdefault(left + right, [left, right])
         tokens = sorted((token for token in vocab if token in learnt), key=vocab.get)

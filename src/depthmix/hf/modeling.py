@@ -6,7 +6,7 @@ counted over what it does not leave out, and are those of ``position_ids`` where
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ from ..errors import UserError
 from ..functional import read_depth_memory
 from ..model import MLP, Attention, Block, RMSNorm, check_room
 from ..residuals import build_residual
-from ..residuals.base import Residual, State
+from ..residuals.base import Residual, Site, State
 from .configuration import DepthmixConfig
 
 
@@ -136,7 +136,7 @@ class DepthmixBlock(Block):
 
     gradient_checkpointing = False
 
-    def __init__(self, config: DepthmixConfig, attn_site: nn.Module, mlp_site: nn.Module, layer_idx: int):
+    def __init__(self, config: DepthmixConfig, attn_site: Site, mlp_site: Site, layer_idx: int):
         super().__init__(config, attn_site, mlp_site)
         self.attn = DepthmixAttention(config, layer_idx)
         self.mlp = DepthmixMLP(config)
@@ -177,10 +177,10 @@ class DepthmixPreTrainedModel(PreTrainedModel):
             )
         elif isinstance(module, RMSNorm):
             init.ones_(module.weight)
-        elif hasattr(module, "reset_parameters"):
+        elif (reset := getattr(module, "reset_parameters", None)) is not None:
             given = [p for p in module.parameters(recurse=False) if getattr(p, "_is_hf_initialized", False)]
             values = [p.clone() for p in given]
-            module.reset_parameters()
+            reset()
             for parameter, value in zip(given, values, strict=True):
                 parameter.copy_(value)
 
@@ -188,24 +188,27 @@ class DepthmixPreTrainedModel(PreTrainedModel):
 class DepthmixModel(DepthmixPreTrainedModel):
     """The trunk: ids to the normed output of the last read, ``[B, T] -> [B, T, D]``."""
 
+    blocks: Sequence[DepthmixBlock]
+
     def __init__(self, config: DepthmixConfig):
         super().__init__(config)
         gpt = config.gpt
         self.embed = nn.Embedding(gpt.vocab_size, gpt.d_model)
         self.residual = build_residual(gpt)
-        self.blocks = nn.ModuleList(
+        blocks: Any = nn.ModuleList(
             DepthmixBlock(config, self.residual.site(2 * i + 1), self.residual.site(2 * i + 2), i)
             for i in range(gpt.n_layer)
         )
-        for block in self.blocks:
+        for block in blocks:
             block.attn.proj.into_trunk = block.mlp.proj.into_trunk = True
+        self.blocks = blocks
         self.norm = RMSNorm(gpt.d_model, gpt.norm_eps)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embed = value
 
     @can_return_tuple
@@ -263,7 +266,7 @@ class DepthmixModel(DepthmixPreTrainedModel):
             last_hidden_state=h,
             past_key_values=past_key_values,
             hidden_states=(*call.hidden, h) if wanted else None,
-            attentions=tuple(call.weights) if weights else None,
+            attentions=None if call.weights is None else tuple(call.weights),
         )
 
     def _through_blocks(
@@ -293,7 +296,7 @@ class DepthmixModel(DepthmixPreTrainedModel):
 
         What device_map puts on disk, or beside a GPU, is fetched for modules that are called: parts of a site are not.
         """
-        parts = [("model.residual", self.residual)]
+        parts: list[tuple[str, nn.Module]] = [("model.residual", self.residual)]
         parts += [
             (f"model.blocks.{i}", child)
             for i, block in enumerate(self.blocks)
@@ -385,14 +388,14 @@ class DepthmixForCausalLM(DepthmixPreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.model.embed = value
 
     def get_output_embeddings(self) -> nn.Module:
         """The head, whose weight ``[V, D]`` is the embedding's."""
         return self.lm_head
 
-    def set_output_embeddings(self, value: nn.Module) -> None:
+    def set_output_embeddings(self, value: nn.Linear) -> None:
         self.lm_head = value
 
     @can_return_tuple

@@ -117,7 +117,8 @@ def undo(new_streams: Tensor, layer_output: Tensor, beta: Tensor, kept: Kept) ->
     update = layer_output.to(beta.dtype).unsqueeze(-2)
     streams = torch.addcmul(new_streams, beta.unsqueeze(-1), update, value=-1)
     streams.div_((1 - beta).unsqueeze(-1))
-    streams.flatten(0, 1).index_copy_(0, kept.index, kept.rows.to(beta.dtype))
+    if kept.index is not None and kept.rows is not None:
+        streams.flatten(0, 1).index_copy_(0, kept.index, kept.rows.to(beta.dtype))
     return streams
 
 

@@ -50,14 +50,14 @@ def _kernels(streams: Tensor, layer_output: Tensor) -> ModuleType:
     if streams.dtype == torch.float64:
         return mgr_eager
     if choice == "triton":
-        from .triton import mgr
+        from .triton import mgr as triton_mgr
 
-        return mgr
+        return triton_mgr
     if choice == "native":
-        from .native import mgr
+        from .native import mgr as native_mgr
 
-        if mgr.usable(streams, layer_output):
-            return mgr
+        if native_mgr.usable(streams, layer_output):
+            return native_mgr
     return mgr_eager
 
 
@@ -151,10 +151,9 @@ def step_backward(
     """Gradients of ``layer_output``, of the streams entering, of ``gate_weight``, ``gate_bias`` and of those of
     ``pool_weight``, ``update_weight`` and ``norm_weight`` that there are, each in its tensor's dtype."""
     kernels = _kernels(anchor, layer_output)
-    parameters = gate_weight, gate_bias, pool_weight, update_weight, norm_weight
-    grad_h, grad_streams, layer_output, anchor, beta, *parameters = _contiguous(
-        grad_h, grad_streams, layer_output, anchor, beta, *parameters
-    )
+    parameters = _contiguous(gate_weight, gate_bias, pool_weight, update_weight, norm_weight)
+    grad_h, grad_streams = _contiguous(grad_h, grad_streams)
+    layer_output, anchor, beta = layer_output.contiguous(), anchor.contiguous(), beta.contiguous()
     if grad_h is None and grad_streams is None:
         grad_streams = torch.zeros_like(anchor)
     gradients = kernels.step_backward(

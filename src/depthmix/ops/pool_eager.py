@@ -45,7 +45,7 @@ def _softmax(logits: Tensor, lse: Tensor | None = None) -> tuple[Tensor, Tensor 
 
 def _mean(weights: Tensor, sources: list[Tensor], share: Tensor | None = None, carried: Tensor | None = None):
     """``sum_i weights[i] v_i + share carried``, ``[N, D]``, in the compute dtype."""
-    total = None if carried is None else share.unsqueeze(-1) * carried
+    total = None if carried is None or share is None else share.unsqueeze(-1) * carried
     for weight, v in zip(weights.unsqueeze(-1), sources, strict=True):
         total = weight * v if total is None else total.addcmul_(weight, v)
     return total
@@ -126,30 +126,32 @@ def pool_backward(
             d_norm = torch.mv(product.t(), r_h.view(-1)).to(norm_weight.dtype)
             along = (product @ gamma).unsqueeze(-1).mul_(r_h.pow(3)).div_(-width).masked_fill_(r_h == 0, 0.0)
             grad = (grad * gamma).mul_(r_h).addcmul_(mean, along)
-        along_q = along_v = None
-        if weight is not None or carried_lse is not None:
+        if weight is not None or share is not None:
             d_alpha = _dots(values, grad)
             if h is not None:
                 inner = _dots([h.to(dtype)], grad)[0]
             else:
                 inner = (alpha * d_alpha).sum(0)
-                if carried is not None:
+                if carried is not None and share is not None:
                     d_share = _dots([carried], grad)[0]
                     inner = inner + share * d_share
             d_logits = d_alpha.sub_(inner).mul_(alpha)
-            if carried_lse is not None:
+            if share is not None:
                 # The gradients of all logits add up to zero.
                 d_lse = -d_logits.sum(0) if h is not None else share * (d_share - inner)
                 d_carried = share.unsqueeze(-1) * grad
-        if weight is not None:
+        terms = None
+        if weight is not None and q is not None:
             along_q, along_v = _along(d_logits, logits, r, scale, width)
             d_weight = torch.zeros_like(q)
             for v, row in zip(values, along_q, strict=True):
                 d_weight.addmv_(v.t(), row)
             d_weight = d_weight.to(weight.dtype)
+            terms = q, along_q, along_v
         for i, (v, target) in enumerate(zip(values, into, strict=True)):
             total = alpha[i].unsqueeze(-1) * grad
-            if weight is not None:
+            if terms is not None:
+                q, along_q, along_v = terms
                 total.addcmul_(along_q[i].unsqueeze(-1), q).addcmul_(along_v[i].unsqueeze(-1), v)
             target.copy_(total)
     return d_weight, d_carried, d_lse, d_norm

@@ -6,11 +6,21 @@ that runs operation by operation needs none of that: there an ``autograd.Functio
 """
 
 from collections.abc import Callable
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.autograd.function import once_differentiable
+
+
+class TwoWays(Protocol):
+    """An operation that is called the way that suits its arguments."""
+
+    operation: Callable
+    direct: Callable
+
+    def __call__(self, *arguments: Any) -> Any: ...
 
 
 def register(name: str, function: Callable, fake: Callable):
@@ -33,7 +43,7 @@ def register_differentiable(
     differentiate: Callable,
     backward: Callable,
     registered_backward: Callable,
-) -> Callable:
+) -> TwoWays:
     """``depthmix::name`` with a first-order gradient, as a callable that picks the way.
 
     Args:
@@ -77,8 +87,10 @@ def register_differentiable(
         first = arguments[0][0] if isinstance(arguments[0], list) else arguments[0]
         return direct(*arguments) if runs_directly(first) else operation(*arguments)
 
-    call.operation, call.direct = operation, direct
-    return call
+    # A plain function, for a compiler traces that, with attributes beside.
+    both = cast(TwoWays, call)
+    both.operation, both.direct = operation, direct
+    return both
 
 
 def _flattened(values) -> list:

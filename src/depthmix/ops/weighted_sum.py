@@ -20,7 +20,15 @@ def weighted_sum(weights: Tensor, sources: Sequence[Tensor]) -> Tensor:
         return WeightedSum.apply(weights, *sources)
     dtype = compute_dtype(sources[0].dtype)
     weights = weights.to(dtype)
-    return sum(weights[j] * source.to(dtype) for j, source in enumerate(sources)).to(sources[0].dtype)
+    return total([weights[j] * source.to(dtype) for j, source in enumerate(sources)]).to(sources[0].dtype)
+
+
+def total(terms: Sequence[Tensor]) -> Tensor:
+    """The sum of ``terms``, of which there is at least one, in their order."""
+    found = terms[0]
+    for term in terms[1:]:
+        found = found + term
+    return found
 
 
 class WeightedSum(torch.autograd.Function):

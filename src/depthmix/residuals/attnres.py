@@ -62,7 +62,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..errors import UserError
 from ..ops import reference
+from ..ops.weighted_sum import total
 from .base import Gates, Residual, Scaling, Site, State
 from .registry import register
 
@@ -133,23 +134,25 @@ class SourceSite(Site):
         layer_output = layer_output.to(sources[0].dtype)
         if self.new_source:
             return (*sources, layer_output)
-        *finished, running = sources
-        return (*finished, layer_output if running is None else running + layer_output)
+        return (*sources[:-1], self._added(sources[-1], layer_output))
+
+    @staticmethod
+    def _added(running: Tensor | None, layer_output: Tensor) -> Tensor:
+        return layer_output if running is None else running + layer_output
 
     def write(self, layer_output: Tensor, state: State) -> State:
         sources, foreseen = state[: self.n_sources], state[self.n_sources :]
         written = self._written(layer_output, sources)
         if not foreseen:
             return written
-        *made, queries = foreseen
+        made, queries = foreseen[:-1], foreseen[-1]
         if self.group:
             # Behind the last of them there may be a cut.
             readers = min(self.group, len(queries))
             mine, queries = queries.split([readers, len(queries) - readers])
             means, lses = functional.source_pool_many(sources, mine, scale=1.0, eps=self.eps)
         else:  # what the reader before this one has read
-            _, *means = made[: len(made) // 2]
-            _, *lses = made[len(made) // 2 :]
+            means, lses = made[1 : len(made) // 2], made[len(made) // 2 + 1 :]
         return (*written, *means, *lses, queries)
 
     def read(self, state: State) -> Tensor:
@@ -157,12 +160,15 @@ class SourceSite(Site):
         sources, made = state[:n_sources], state[n_sources:-1]
         query = self.scoring_query(sources[0].dtype)
         if not made:
-            sources = [v for v in sources if v is not None]
-            return functional.source_pool(sources, query, scale=1.0, eps=self.eps)
+            return functional.source_pool(self._begun(sources), query, scale=1.0, eps=self.eps)
         carried = made[0], made[len(made) // 2]
         return functional.source_pool(
             sources[self.n_finished :], query, scale=1.0, eps=self.eps, carried=carried
         )
+
+    @staticmethod
+    def _begun(sources: Sequence[Tensor | None]) -> list[Tensor]:
+        return [v for v in sources if v is not None]
 
     def send(self, layer_output: Tensor, state: State) -> State:
         """The sources alone: what was foreseen is for readers in front of the cut."""
@@ -175,7 +181,7 @@ class SourceSite(Site):
     def mix(self, layer_output: Tensor, state: State, gates: Gates) -> tuple[Tensor, State]:
         written = self._written(layer_output, state[: self.n_sources])
         (alpha,) = gates
-        return sum(alpha[..., i, None] * v for i, v in enumerate(written)), written
+        return total([alpha[..., i, None] * v for i, v in enumerate(written)]), written
 
 
 class AttentionResiduals(Residual):
@@ -189,7 +195,7 @@ class AttentionResiduals(Residual):
         self.starts, self.key_norm = starts, key_norm
         self.groups = reader_groups(starts)
 
-    def foresee(self, state: State, sites: Sequence[Site]) -> State:
+    def foresee(self, state: State, sites: Sequence[Any]) -> State:
         """With ``sites`` that begin inside of a group, behind a cut, its readers get their means here."""
         queries = torch.stack([site.scoring_query(state[0].dtype) for site in sites])
         if sites[0].group:
@@ -217,7 +223,8 @@ class AttentionResiduals(Residual):
         sources = state[: 1 + sum(self.starts[:before])]
         added_to = behind < len(self.starts) and not self.starts[behind]
         if added_to and any(self.starts[before:behind]):
-            return (*sources, None)
+            # The sites of this file look for it; no other state holds anything but tensors.
+            return cast(State, (*sources, None))
         return sources
 
     def site(self, index: int) -> Site:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..ops.reference import compute_dtype
-from ..ops.weighted_sum import weighted_sum
+from ..ops.weighted_sum import total, weighted_sum
 from .base import Gates, Residual, Scaling, Site, State
 from .prenorm import AddSite
 from .registry import register
@@ -103,7 +103,7 @@ class DepthAverageSite(Site):
     def read(self, state: State) -> Tensor:
         return state[0]
 
-    def crossing(self):
+    def crossing(self) -> list[int]:
         """Positions of the sources that somebody behind this site reads."""
         read = (self.n_sources - 1,) if self.sources_read is None else self.sources_read
         return sorted({*read, *self.sources_kept})
@@ -118,7 +118,7 @@ class DepthAverageSite(Site):
         return state[0], state
 
     def gates(self, layer_output: Tensor, state: State) -> Gates:
-        if self.sources_read is None:
+        if self.depth_weight is None:
             return ()
         weights = self.depth_weight.to(compute_dtype(state[0].dtype))
         return (weights.expand(*layer_output.shape[:-1], -1),)
@@ -129,8 +129,8 @@ class DepthAverageSite(Site):
         sources.append(x)
         if self.sources_read is not None:
             (weights,) = gates
-            terms = (weights[..., m, None] * sources[j] for m, j in enumerate(self.sources_read))
-            x = sum(terms).to(x.dtype)
+            terms = [weights[..., m, None] * sources[j] for m, j in enumerate(self.sources_read)]
+            x = total(terms).to(x.dtype)
         return x, (x, *(sources[j] for j in self.sources_kept))
 
 
@@ -169,8 +169,8 @@ class DenseFormer(Residual):
         if earlier % self.per_block or later % self.per_block:
             return 0
         first, second = (
-            [self._sources(cut // self.per_block)[j] for j in self.site(cut).crossing()]
-            for cut in (earlier, later)
+            [self._sources(block)[j] for j in self._average(block).crossing()]
+            for block in (earlier // self.per_block, later // self.per_block)
         )
         same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
         return len(list(same))
@@ -186,8 +186,10 @@ class DenseFormer(Residual):
 
     def site(self, index: int) -> Site:
         block, inside = divmod(index, self.per_block)
-        if inside:
-            return AddSite()
+        return AddSite() if inside else self._average(block)
+
+    def _average(self, block: int) -> DepthAverageSite:
+        """The site at the end of ``block``."""
         sources = self._sources(block)
         read = None
         if block % self.period == 0:

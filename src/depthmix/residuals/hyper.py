@@ -86,6 +86,10 @@ class Coefficients(nn.Module):
         """The parameters in the order ``family`` takes them."""
         raise NotImplementedError
 
+    def reset_parameters(self) -> None:
+        """Set the parameters to where training starts."""
+        raise NotImplementedError
+
     def start_as_prenorm(self) -> None:
         """Set the parameters so that n equal streams stay equal, and PreNorm's."""
         self.reset_parameters()
@@ -123,15 +127,23 @@ class HyperSite(Site):
         return (hyper.write(layer_output, *state),)
 
     def receive(self, crossed: State) -> tuple[Tensor, State]:
-        h, coefficients = hyper.begin(*crossed, self.following.family, self.following.values())
-        return h, (*crossed, coefficients)
+        following = self.following
+        if following is None:
+            return super().receive(crossed)
+        (streams,) = crossed
+        h, coefficients = hyper.begin(streams, following.family, following.values())
+        return h, (streams, coefficients)
 
     def forward(self, layer_output: Tensor, state: State) -> tuple[Tensor, State]:
-        if self.following is None:
+        following = self.following
+        if following is None:
             state = self.write(layer_output, state)
             return self.read(state), state
-        h, *state = hyper.step(layer_output, *state, self.following.family, self.following.values())
-        return h, tuple(state)
+        streams, coefficients = state
+        h, streams, coefficients = hyper.step(
+            layer_output, streams, coefficients, following.family, following.values()
+        )
+        return h, (streams, coefficients)
 
     def gates(self, layer_output: Tensor, state: State) -> Gates:
         """``A_r [B, T, n, n]`` and ``B [B, T, n]`` of the write, ``A_m [B, T, n]`` of the read."""
@@ -153,7 +165,8 @@ class HyperSite(Site):
         return state[0].unbind(-2)
 
     def optimizer_group(self, name: str, parameter: nn.Parameter) -> str:
-        return decayed_group(self.following, name)
+        # Behind the last sublayer there are no parameters.
+        return "adamw_no_decay" if self.following is None else decayed_group(self.following, name)
 
 
 def decayed_group(coefficients: Coefficients, name: str) -> str:
@@ -244,8 +257,9 @@ class StaticSite(Site):
             self.width.copy_(start[:, 0])
 
     def _weights(self, like: Tensor) -> Tensor:
-        if not self.last:
-            return self.width
+        width = self.width
+        if width is not None:
+            return width
         n = len(self.depth)
         return torch.full(
             (n,), 1 / n if self.merge == "mean" else 1.0, dtype=self.depth.dtype, device=like.device

@@ -71,6 +71,7 @@ LARGEST_LITE = 6
 class ManifoldCoefficients(Coefficients):
     """phi, b and alpha of one sublayer, as :class:`depthmix.ops.hyper.Manifold` says."""
 
+    family: hyper.Manifold
     decayed = ("projection",)
 
     def __init__(self, d_model, n_streams, sublayer, iterations, alpha_init, residual_logit, eps):

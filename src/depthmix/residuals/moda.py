@@ -67,7 +67,7 @@ class LastSite(AddSite):
 
     def receive(self, crossed: State) -> tuple[Tensor, State]:
         *sources, x = crossed
-        memory = ()
+        memory: tuple[Tensor, ...] = ()
         for key, value in zip(sources[::2], sources[1::2], strict=True):
             memory = extend_depth_memory(memory, key, value)
         return x, (x, *memory)

@@ -122,8 +122,9 @@ def _compiled(compiler: str) -> Path:
     openmp = _openmp()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     key = hashlib.sha256()
-    texts = [source.read_bytes() for source in (*sources, *headers)]
-    for part in (*texts, version, compiler, *FLAGS, *openmp, _processor(), torch.__version__):
+    parts: list[bytes | str] = [source.read_bytes() for source in (*sources, *headers)]
+    parts += [version, compiler, *FLAGS, *openmp, _processor(), torch.__version__]
+    for part in parts:
         key.update(part if isinstance(part, bytes) else part.encode())
         key.update(b"\0")
     folder = Path(os.environ.get("DEPTHMIX_CACHE") or "~/.cache/depthmix").expanduser() / "native"

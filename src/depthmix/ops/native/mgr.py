@@ -101,5 +101,8 @@ def step_backward(
     return (
         d_output,
         d_streams,
-        *(None if w is None else total.to(w.dtype) for w, total in zip(parameters, totals, strict=True)),
+        *(
+            None if w is None or total is None else total.to(w.dtype)
+            for w, total in zip(parameters, totals, strict=True)
+        ),
     )

@@ -16,7 +16,8 @@ CHUNK = 64
 
 @functools.cache
 def _has_half() -> bool:
-    return bool(_load()[0].has_half())
+    library, _ = _load()
+    return library is not None and bool(library.has_half())
 
 
 def storable(*tensors: Tensor | None) -> bool:

@@ -136,7 +136,7 @@ def _programs(device: torch.device, warps: int, rows: int) -> int:
 @triton.jit
 def _load(pointer, offset, D: tl.constexpr, BLOCK: tl.constexpr, SUB: tl.constexpr):
     """The row that starts at ``offset``: ``SUB`` times ``[BLOCK]`` in its own dtype, 0 beyond ``D``."""
-    row = ()
+    row = ()  # type: tuple[object, ...]
     for j in tl.static_range(SUB):
         o_d = j * BLOCK + tl.arange(0, BLOCK)
         if SUB * BLOCK == D:
@@ -163,10 +163,10 @@ def _load_group(
     sources, strides, row, g, k, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, SUB: tl.constexpr
 ):
     """One row of each source of group ``g``; 0 for those past the ``k``-th. All loads before any use."""
-    rows = ()
+    rows = ()  # type: tuple[object, ...]
     for s in tl.static_range(G):
         p_v = _pick(sources, g, s, G) + row * _pick(strides, g, s, G)
-        pieces = ()
+        pieces = ()  # type: tuple[object, ...]
         for j in tl.static_range(SUB):
             o_d = j * BLOCK + tl.arange(0, BLOCK)
             m_d = (o_d < D) & (o_d * 0 + (g * G + s) < k)  # [BLOCK]: a scalar may be a Python number here
@@ -189,7 +189,7 @@ def _store(pointer, offset, row, D: tl.constexpr, BLOCK: tl.constexpr, SUB: tl.c
 
 @triton.jit
 def _zeros(BLOCK: tl.constexpr, SUB: tl.constexpr):
-    row = ()
+    row = ()  # type: tuple[object, ...]
     for _j in tl.static_range(SUB):
         row = row + (tl.zeros([BLOCK], tl.float32),)
     return row
@@ -197,7 +197,7 @@ def _zeros(BLOCK: tl.constexpr, SUB: tl.constexpr):
 
 @triton.jit
 def _fp32(row, SUB: tl.constexpr):
-    out = ()
+    out = ()  # type: tuple[object, ...]
     for j in tl.static_range(SUB):
         out = out + (row[j].to(tl.float32),)
     return out
@@ -215,7 +215,7 @@ def _dot(a, b, SUB: tl.constexpr):
 @triton.jit
 def _combine(a, x, b, y, SUB: tl.constexpr):
     """``a x + b y`` for scalars ``a`` and ``b``."""
-    out = ()
+    out = ()  # type: tuple[object, ...]
     for j in tl.static_range(SUB):
         out = out + (a * x[j] + b * y[j],)
     return out
@@ -224,7 +224,7 @@ def _combine(a, x, b, y, SUB: tl.constexpr):
 @triton.jit
 def _plus(x, b, y, SUB: tl.constexpr):
     """``x + b y`` for a scalar ``b``."""
-    out = ()
+    out = ()  # type: tuple[object, ...]
     for j in tl.static_range(SUB):
         out = out + (x[j] + b * y[j],)
     return out
@@ -233,7 +233,7 @@ def _plus(x, b, y, SUB: tl.constexpr):
 @triton.jit
 def _times(x, y, factor, SUB: tl.constexpr):
     """``factor x y``, elementwise, for a scalar ``factor``."""
-    out = ()
+    out = ()  # type: tuple[object, ...]
     for j in tl.static_range(SUB):
         out = out + (factor * x[j] * y[j],)
     return out
@@ -241,7 +241,7 @@ def _times(x, y, factor, SUB: tl.constexpr):
 
 @triton.jit
 def _over(x, divisor, SUB: tl.constexpr):
-    out = ()
+    out = ()  # type: tuple[object, ...]
     for j in tl.static_range(SUB):
         out = out + (x[j] / divisor,)
     return out
@@ -250,7 +250,7 @@ def _over(x, divisor, SUB: tl.constexpr):
 @triton.jit
 def _rounded(x, pointer, SUB: tl.constexpr):
     """As it would be read again from behind ``pointer``."""
-    out = ()
+    out = ()  # type: tuple[object, ...]
     for j in tl.static_range(SUB):
         out = out + (x[j].to(pointer.dtype.element_ty).to(tl.float32),)
     return out
@@ -316,12 +316,12 @@ def pool_forward(sources, weight, carried, carried_lse, norm_weight, scale, eps,
     out = torch.empty((tokens, width), dtype=first.dtype, device=first.device)
     if tokens == 0:
         return out
-    if plan("forward", width, 1, first.element_size()) is None:
-        return _tiled_forward(sources, weight, carried, carried_lse, norm_weight, scale, eps, norm_eps)
-    chunks = _chunks(len(sources))
-    for last, (start, stop) in zip([False] * (len(chunks) - 1) + [True], chunks, strict=True):
-        part = sources[start:stop]
-        launch = plan("forward", width, len(part), first.element_size())
+    parts = [sources[start:stop] for start, stop in _chunks(len(sources))]
+    launches = [plan("forward", width, len(part), first.element_size()) for part in parts]
+    for i, (part, launch) in enumerate(zip(parts, launches, strict=True), 1):
+        if launch is None:  # for the width, and so for every part
+            return _tiled_forward(sources, weight, carried, carried_lse, norm_weight, scale, eps, norm_eps)
+        last = i == len(parts)
         target, lse = out, None
         if not last:
             target = torch.empty((tokens, width), dtype=torch.float32, device=first.device)
@@ -508,8 +508,10 @@ def pool_backward(
         G=launch.group, K2=triton.next_power_of_2(len(sources)), D=width, BLOCK=launch.block, SUB=launch.sub,
         num_warps=launch.warps,
     )  # fmt: skip
-    d_weight = None if weight is None else part_weight.sum(0).to(weight.dtype)
-    d_norm = None if norm_weight is None else part_norm.sum(0).to(norm_weight.dtype)
+    d_weight, d_norm = (
+        None if w is None or part is None else part.sum(0).to(w.dtype)
+        for w, part in ((weight, part_weight), (norm_weight, part_norm))
+    )
     return d_weight, d_carried, d_carried_lse, d_norm
 
 
