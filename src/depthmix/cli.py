@@ -194,7 +194,7 @@ def _train(argv: list[str]) -> int:
         raise UserError(f"--preset {named} and --config {file} are two starting points; give one of them")
     saved = Path(out, "config.json") if out is not None and "--resume" in argv else None
     if file is None and named is None and saved is not None and saved.exists():
-        file = saved
+        file = str(saved)
     base = flags.load_config(file) if file is not None else preset(named or "quick")
     args = flags.parse(Train, argv, "train", Train(training=flags.to_flags(base)))
     config = flags.to_config(args.training)

@@ -7,13 +7,13 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tyro.conf import FlagCreatePairsOff
 
 from . import flags
 from .compare import labels
-from .config import GPTConfig, TrainConfig
+from .config import GPTConfig, Precision, TrainConfig
 from .depth_sweep import parse_depths
 from .errors import EXIT_FAILED, RunError, UserError
 from .parallel.plan import ParallelPlan, cuts
@@ -141,7 +141,7 @@ def make_case(
     return TrainConfig(
         model=model_config(residual, sublayers, n_streams, d_model),
         batch_size=MICRO_BATCHES * parsed.data_ways, micro_batch=1,
-        device="cpu", parallel=plan, precision=precision,
+        device="cpu", parallel=plan, precision=cast(Precision, precision),  # a configuration checks it
     )  # fmt: skip
 
 

@@ -388,8 +388,8 @@ class Runner:
                 self._load(cell)
             with _display(self) as show:
                 while True:
-                    while len(self.active) < self.jobs and not self._stopping() and (cell := self._next()):
-                        self._start(cell)
+                    while len(self.active) < self.jobs and not self._stopping() and (new := self._next()):
+                        self._start(new)
                     if not self.active:
                         break
                     self._wait()
@@ -511,7 +511,9 @@ class Runner:
 
         self._save_maps()
         page = write_compare_report(self.out)
-        print_table(read_json(self.out / "results.json"))
+        results = read_json(self.out / "results.json")
+        assert results is not None, "the report writes it"
+        print_table(results)
         print(f"report: {page}")
         failed = [cell for cell in self.cells if cell.state == "failed"]
         self.complain(failed)
@@ -549,17 +551,28 @@ class Runner:
             return 0.0
         pace = cell.seconds_per_step
         if pace is None:
-            known = [c for c in self.cells if c.seconds_per_step is not None]
-            same = [c for c in known if c.residual == cell.residual] or known
+            known = [
+                (c.residual, c.seconds_per_step / c.size)
+                for c in self.cells
+                if c.seconds_per_step is not None
+            ]
+            same = [each for residual, each in known if residual == cell.residual] or [
+                each for _, each in known
+            ]
             if not same:
                 return None
-            pace = cell.size * sum(c.seconds_per_step / c.size for c in same) / len(same)
+            pace = cell.size * sum(same) / len(same)
         return pace * max(0, cell.steps - cell.step)
 
     def total_left(self) -> float | None:
         """Expected seconds until the last cell is done."""
-        parts = [self.seconds_left(cell) for cell in self.cells]
-        return None if None in parts else max(sum(parts) / self.jobs, *parts)
+        parts: list[float] = []
+        for cell in self.cells:
+            left = self.seconds_left(cell)
+            if left is None:
+                return None
+            parts.append(left)
+        return max(sum(parts) / self.jobs, *parts)
 
 
 @dataclass(frozen=True)

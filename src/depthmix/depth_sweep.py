@@ -309,8 +309,9 @@ def starting_point(config: GPTConfig) -> dict:
         "options": options,
         "initial_bias": biases,
     }
-    if hasattr(model.residual, "gate_summary"):
-        start["gate"] = model.residual.gate_summary()
+    gate_summary = getattr(model.residual, "gate_summary", None)
+    if gate_summary is not None:
+        start["gate"] = gate_summary()
     return start
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .parallel.cost import Estimate, Job
     from .parallel.hardware import Hardware
     from .parallel.shape import Shape
+    from .report.plan import Curves
 
 
 @dataclass(frozen=True)
@@ -252,7 +253,9 @@ def _write(args, shape, hardware, found, refused, reference, argv) -> None:
     print(f"written: {path}")
 
 
-def _curves(args, shape, names, sequences, hardware):
+def _curves(
+    args: Plan, shape: "Shape", names: list[str], sequences: int, hardware: "Hardware"
+) -> "tuple[Curves, Curves]":
     """``(x, {name: ratios})`` against depth and against pipeline stages; ``None`` where nothing fits."""
     from .parallel.cost import estimate
     from .parallel.plan import ParallelPlan

@@ -49,6 +49,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -79,6 +80,9 @@ from .ops import native
 from .parallel.engine import Engine, build_engine
 from .parallel.plan import ParallelPlan
 from .parallel.world import TIMEOUT_S, ManyProcesses, World, launched
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 MAY_CHANGE_ON_RESUME = (
     "device", "compile", "keep_last", "checkpoint_interval", "data.cache_dir", "parallel", "micro_batch",
@@ -127,7 +131,7 @@ def train(
         _open_world(config, device, timeout_s) as world,
         contextlib.ExitStack() as held,
     ):
-        run = None
+        run: _Run | None = None
         stop = _StopSignals(quiet or not world.first, several=world.size > 1)
 
         def where() -> str:
@@ -190,6 +194,7 @@ def _own_device(config: TrainConfig) -> torch.device:
 @contextlib.contextmanager
 def _open_world(config: TrainConfig, device: torch.device, timeout_s: float) -> Iterator[World]:
     """The processes of this run, agreed on the plan; left in peace when the run is through."""
+    world: World
     if launched():
         # Without a plan all are copies.
         plan = ParallelPlan.parse(config.parallel or f"dp={os.environ['WORLD_SIZE']}")
@@ -265,7 +270,7 @@ def _gradients(run: "_Run", inputs: Tensor, targets: Tensor) -> tuple[float, flo
     total = run.engine.backward(inputs, targets)
     first = run.optimizer.grad_norm(run.engine.first_sublayer())
     recorded = run.records_depth and _evaluated_at(run.config, run.step + 1)
-    run.gradients = health.gradients(run.engine.model, run.optimizer) if recorded else None
+    run.gradients = health.gradients(run.engine.whole_model, run.optimizer) if recorded else None
     grad_norm = run.optimizer.clip_grad_norm(run.config.optim.grad_clip)
     # One transfer from the device for all numbers.
     loss, grad_norm, grad_norm_first = torch.stack([total, grad_norm, first]).tolist()
@@ -332,8 +337,8 @@ class _Run:
         self.peak_before = 0
         self.checkpoints = (_Checkpoints if world.size == 1 else _ManyCheckpoints)(self)
         saved = self.checkpoints.open_latest() if resume else None
-        state = None if saved is None else saved.state
-        if state is not None:
+        if saved is not None:
+            state = saved.state
             if state["data"] != self.data:
                 raise UserError(
                     f"the data are not those that {saved.folder} was trained on: "
@@ -350,9 +355,10 @@ class _Run:
                 record_best(self.checkpoints.folder, self.best)
                 prune_checkpoints(self.checkpoints.folder, config.keep_last)
         self.display = _Display(self, quiet or not world.first)
-        self.logs = _NoLogs()
+        self.logs: _Logs | _NoLogs = _NoLogs()
         if world.first:
-            self.logs = _Logs(run_dir, config, self.step, state["offsets"] if state else {})
+            offsets = {} if saved is None else saved.state["offsets"]
+            self.logs = _Logs(run_dir, config, self.step, offsets)
 
         # Last, as importing some libraries draws numbers. Nothing in training does; what somebody
         # adds one day shall repeat too.
@@ -362,7 +368,7 @@ class _Run:
             torch.manual_seed(config.seed)
         else:
             self.checkpoints.restore(saved)
-            if changed := _changes(state["environment"], _environment(device, world)):
+            if changed := _changes(saved.state["environment"], _environment(device, world)):
                 self.display.note(f"this machine is not as at the checkpoint, so bits may differ: {changed}")
         if config.record_depth and not self.records_depth:
             self.display.note(
@@ -383,7 +389,7 @@ class _Run:
     def parameter_counts(self) -> dict[str, int]:
         """Of the whole model."""
         if self.world.size == 1:
-            return parameter_counts(self.engine.model)
+            return parameter_counts(self.engine.whole_model)
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return parameter_counts(GPT(self.config.model))
@@ -435,7 +441,7 @@ class _Run:
     def record_depth(self) -> None:
         """Log what the network does in depth."""
         ids = health.text_of(self.val, self.config.model.seq_len).to(self.device)
-        found = health.measure(self.engine.model, ids, self.engine.autocast())
+        found = health.measure(self.engine.whole_model, ids, self.engine.autocast())
         gradient_rms = self.gradients.rms if self.gradients else None
         line = {"step": self.step, "tokens": self.tokens, **found.record, "gradient_rms": gradient_rms}
         self.logs.depth(line, health.histograms(found, self.gradients))
@@ -486,12 +492,13 @@ class _Checkpoints:
 
     def restore(self, saved: "_Saved") -> None:
         # A second copy of its tensors is not to be held all along.
-        restore(saved.take(), self.run.engine.model, self.run.optimizer)
+        restore(saved.take(), self.run.engine.whole_model, self.run.optimizer)
 
     def save(self, state: dict) -> None:
         run = self.run
         if run.latest is None or run.latest.name != f"step-{run.step:08d}":
-            run.latest = save_checkpoint(self.folder, run.step, run.engine.model, run.optimizer, state)
+            model = run.engine.whole_model
+            run.latest = save_checkpoint(self.folder, run.step, model, run.optimizer, state)
         record_best(self.folder, run.best)
         prune_checkpoints(self.folder, run.config.keep_last)
 
@@ -590,6 +597,7 @@ def _result(run: _Run, peak: int) -> dict:
     timing = _read_lines(run.run_dir / "timing.jsonl")
     steps = run.config.steps
     counts = run.parameter_counts()
+    assert run.best is not None, "the last step is evaluated"
     result = {
         "status": "finished",
         "residual": run.config.model.residual,
@@ -614,11 +622,13 @@ def _result(run: _Run, peak: int) -> dict:
 
 def _saved_bytes_per_token(run: _Run) -> float:
     """Bytes of activations that one sequence leaves for its backward pass, over its tokens, in a whole model."""
-    config, model = run.config, run.engine.model
+    config = run.config
     with contextlib.ExitStack() as stack:
         if run.world.size > 1:  # numbers are not needed, and nobody may have them all
             stack.enter_context(FakeTensorMode())
             model = _in_precision(GPT(config.model, seed=config.seed), config)
+        else:
+            model = run.engine.whole_model
         ids = torch.zeros(1, config.model.seq_len, dtype=torch.int64, device=model.embed.weight.device)
         with run.engine.autocast():
             return saved_bytes(model, ids, ids) / ids.numel()
@@ -785,6 +795,9 @@ class _NoLogs:
 
     timing = metrics
 
+    def depth(self, line: dict, histograms: dict[str, dict]) -> None:
+        pass
+
     def sync(self) -> dict[str, int]:
         return {}
 
@@ -827,7 +840,7 @@ class _Display:
         self.loss: float | None = None
         self.tokens_per_s = 0.0
         self.val_loss: float | None = None
-        self.live = None
+        self.live: Progress | None = None
         if self.console.is_terminal and not quiet:
             self.live = Progress(BarColumn(20), TextColumn("{task.description}"), console=self.console)
             self.task = self.live.add_task("", total=run.config.steps, completed=run.step)
@@ -859,21 +872,21 @@ class _Display:
 
     def step(self, loss: float, tokens_per_s: float) -> None:
         self.loss, self.tokens_per_s = loss, tokens_per_s
-        if self.live:
-            self._update()
+        if self.live is not None:
+            self._update(self.live)
         elif not self.quiet and time.monotonic() - self.printed >= self.SECONDS_BETWEEN_LINES:
             self.note(self._line())
             self.printed = time.monotonic()
 
     def validation(self, loss: float) -> None:
         self.val_loss = loss
-        if self.live:
-            self._update()
+        if self.live is not None:
+            self._update(self.live)
         else:
             self.note(f"step {self.run.step:,}/{self.run.config.steps:,}  validation loss {loss:.4f}")
 
-    def _update(self) -> None:
-        self.live.update(self.task, completed=self.run.step, description=self._line())
+    def _update(self, live: "Progress") -> None:
+        live.update(self.task, completed=self.run.step, description=self._line())
 
     def _line(self) -> str:
         done, of = self.run.step, self.run.config.steps
@@ -960,7 +973,7 @@ def padded_vocabulary(vocab_size: int) -> int:
 
 
 def _flat(config: TrainConfig) -> dict:
-    values = {}
+    values: dict = {}
     for key, value in config.to_dict().items():
         nested = value if isinstance(value, dict) else None
         values |= {f"{key}.{k}": v for k, v in nested.items()} if nested else {key: value}

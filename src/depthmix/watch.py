@@ -161,7 +161,8 @@ class Followed:
     """One run, as far as it has been recorded."""
 
     path: Path
-    config: dict | None = None
+    config: dict = field(default_factory=dict)
+    """Empty as long as there is none."""
     train: dict[int, dict] = field(default_factory=dict)
     """Step -> line of ``metrics.jsonl``; the next three likewise."""
     val: dict[int, dict] = field(default_factory=dict)
@@ -300,7 +301,7 @@ def view_of(
     run: Followed, width: int, height: int | None, glyphs: Glyphs, numbers: bool = False
 ) -> list[Text]:
     """The lines that show ``run``, none wider than ``width``; where ``height`` is given, the curve gives way to it."""
-    if run.config is None:
+    if not run.config:
         return [Text(f"{run.path.name}: not begun yet", "yellow")]
     head, below = _head(run, width, glyphs), []
     if run.depth:
@@ -492,11 +493,11 @@ def _depth(run: Followed, width: int, glyphs: Glyphs) -> list[Text]:
                 bars(f"stream {number} RMS", values, largest)
         else:
             for what, of in (("least", min), ("most", max)):
-                values = [
+                extremes = [
                     of((x for x in entry or () if x is not None), default=None)
                     for entry in line["stream_rms"]
                 ]
-                bars(f"streams {what}", values, largest)
+                bars(f"streams {what}", extremes, largest)
     bars("read RMS", line["hidden_rms"])
     bars("output RMS", line["output_rms"])
     if line.get("gradient_rms"):

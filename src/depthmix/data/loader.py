@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import UserError
 from .shards import TokenSplit
@@ -22,6 +23,8 @@ from .shards import TokenSplit
 ROUNDS = 8
 ORDER_BLOCK = 8192
 """Positions whose windows are computed at a time."""
+Words = npt.NDArray[np.uint64]
+"""Whole numbers of 64 bits."""
 
 
 class Shuffle:
@@ -49,7 +52,7 @@ class Shuffle:
             out[outside] = self._network(out[outside])
         return out
 
-    def _network(self, x: np.ndarray) -> np.ndarray:
+    def _network(self, x: Words) -> Words:
         a, b = np.uint64(self._a), np.uint64(self._b)
         left, right = x // b, x % b
         for turn, key in enumerate(self._keys):
@@ -60,7 +63,7 @@ class Shuffle:
         return left * b + right
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def _mix(x: Words) -> Words:
     """splitmix64's finaliser: a 64-bit hash in which every input bit reaches every output bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 
@@ -45,7 +45,7 @@ class SplitWriter:
         self.folder, self.split, self.dtype, self.shard_tokens = folder, split, dtype, shard_tokens
         self.shards: list[dict] = []
         self.tokens = self.documents = self.text_bytes = 0
-        self._file = None
+        self._file: BinaryIO | None = None
         self._room = 0
 
     def write(self, tokens: np.ndarray, documents: int, text_bytes: int) -> None:
@@ -57,7 +57,8 @@ class SplitWriter:
             if self._room == 0:
                 self._open()
             part, tokens = tokens[: self._room], tokens[self._room :]
-            raw = memoryview(np.ascontiguousarray(part)).cast("B")
+            raw = np.ascontiguousarray(part).data.cast("B")
+            assert self._file is not None, "there is room in the open shard alone"
             self._file.write(raw)
             self._sha256.update(raw)
             self._room -= len(part)

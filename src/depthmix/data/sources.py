@@ -30,7 +30,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import BinaryIO, NoReturn, Protocol, cast
 
 from ..errors import RunError, UserError, suggest
 from .tokenizers import to_utf8
@@ -338,6 +338,12 @@ def _some(paths: Iterable[Path]) -> str:
 # ---- reading ------------------------------------------------------------------------------------
 
 
+class _Readable(Protocol):
+    """Gives bytes, about as many as it is asked for, and none at the end."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+
 class _Counted:
     """A binary file that counts and hashes what is read from it."""
 
@@ -369,11 +375,14 @@ def _pieces(source: FileSource, reading: Reading) -> Iterator[bytes]:
 
     with _open(source.path) as file:
         counted = _Counted(file, reading)
+        # Of a whole binary file, gzip and lzma use ``read`` alone here.
+        readable = cast(BinaryIO, counted)
+        stream: _Readable
         damage: tuple[type[Exception], ...] = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
         if source.compression == ".gz":
-            stream = gzip.GzipFile(fileobj=counted, mode="rb")
+            stream = gzip.GzipFile(fileobj=readable, mode="rb")
         elif source.compression == ".xz":
-            stream = lzma.LZMAFile(counted)
+            stream = lzma.LZMAFile(readable)
         elif source.compression == ".zst":
             damage += (_import("zstandard", "zstd", source.path).ZstdError,)
             stream = _ZstandardFile(counted)
@@ -459,7 +468,8 @@ def _cut(text: bytes, start: int) -> int:
 
 
 def _text_blocks(path: Path, pieces: Iterable[bytes]) -> Iterator[TextBlock]:
-    offset, held, size = 0, [], 0
+    offset, size = 0, 0
+    held: list[bytes] = []
     for section in sections(pieces):
         held.append(section)
         size += len(section)
@@ -471,7 +481,8 @@ def _text_blocks(path: Path, pieces: Iterable[bytes]) -> Iterator[TextBlock]:
 
 
 def _line_blocks(source: FileSource, pieces: Iterable[bytes]) -> Iterator[LineBlock]:
-    offset, line, held = 0, 1, []
+    offset, line = 0, 1
+    held: list[bytes] = []
 
     def block():
         nonlocal offset, line, held

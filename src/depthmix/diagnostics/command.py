@@ -81,7 +81,8 @@ def main(argv: list[str]) -> int:
         gradient_texts=args.gradient_texts,
         parts=tuple(part for part in PARTS if part not in skip),
     )
-    device, out, found = find_device(args.device), Path(args.out), []
+    device, out = find_device(args.device), Path(args.out)
+    found: list[Diagnosis] = []
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; give a folder")
     for path in paths:
@@ -144,14 +145,15 @@ def _opened(path: Path, args: Diagnose, device) -> "tuple[Subject, Tensor, str]"
 
     tokens = args.texts * args.length
     source = ", ".join(args.data)
+    subject: Subject
     if is_huggingface(path):
         from .huggingface import HuggingFaceSubject
 
         if not args.data:
             raise UserError("a model of Hugging Face comes without text; give --data")
-        subject = HuggingFaceSubject.load(path, device)
-        length = min(args.length, subject.max_length)
-        texts = subject.windows(args.data, args.text_field, length, tokens)
+        foreign = HuggingFaceSubject.load(path, device)
+        length = min(args.length, foreign.max_length)
+        subject, texts = foreign, foreign.windows(args.data, args.text_field, length, tokens)
     else:
         from .subject import Run
 
@@ -176,7 +178,7 @@ def is_huggingface(path: Path) -> bool:
     if path.suffix == ".gguf":
         return True
     config = read_json(path / "config.json")
-    return any(path.glob("*.gguf")) if config is None else isinstance(config, dict) and "model_type" in config
+    return any(path.glob("*.gguf")) if config is None else "model_type" in config
 
 
 class _bar:

@@ -50,7 +50,9 @@ def place(name: str) -> tuple[str, int]:
 
     What enters a later block is what was read behind the block before it.
     """
-    block, point = _POINT.fullmatch(name).groups()
+    found = _POINT.fullmatch(name)
+    assert found is not None, name
+    block, point = found.groups()
     if point == "resid_pre":
         return "hidden", 2 * int(block) - 1
     kind, second = _KINDS.get(point) or (point.removesuffix("_mid"), int(not point.endswith("_mid")))
@@ -119,8 +121,8 @@ class Largest:
             found.append(value if value >= 0 else math.nan)
             rows.append((first + text, position, channel, int(ids[text, position])))
         values = np.concatenate([self.values, found])
-        order = np.argsort(-np.nan_to_num(values, nan=-1.0), kind="stable")[:TOP]
-        self.values, self.places = values[order], np.concatenate([self.places, rows])[order]
+        kept = np.argsort(-np.nan_to_num(values, nan=-1.0), kind="stable")[:TOP]
+        self.values, self.places = values[kept], np.concatenate([self.places, rows])[kept]
 
 
 class AbsoluteHistogram:

@@ -130,6 +130,8 @@ class Subject(ABC):
 class Run(Subject):
     """A model of depthmix."""
 
+    module: GPT
+
     def __init__(self, model: GPT, *, name: str, detail: str = "", tokenizer=None):
         from ..runs import spec
 
@@ -141,7 +143,7 @@ class Run(Subject):
 
     @torch.no_grad()
     def _count_streams(self) -> int:
-        found = {}
+        found: dict[str, int] = {}
         last = f"blocks.{self.n_layer - 1}.hook_streams"
         with capture(self.module, last, lambda name, value: found.update(n=value.shape[-2])):
             self.module.hidden(torch.zeros(1, 1, dtype=torch.long, device=self.device))

@@ -962,15 +962,16 @@ def _bounds(priced: _Priced, columns: dict[str, np.ndarray]) -> tuple[np.ndarray
 def _why_not(priced: _Priced, found: list[_Choice], needed: np.ndarray, gpus: int) -> str:
     """Why no candidate fits, by the leanest of those that need least."""
     job, hardware = priced.job, priced.hardware
-    leanest = None
+    leanest: tuple[float, dict[str, float], _Choice] | None = None
     for i in np.argsort(needed, kind="stable")[:200]:
         choice = found[i]
         memory = _memory(_Ranks(priced, choice.plan), choice)
         total = sum(memory.values())
         if leanest is None or total < leanest[0]:
             leanest = total, memory, choice
+    assert leanest is not None, "there are candidates"
     total, memory, choice = leanest
-    part = max(memory, key=memory.get)
+    part = max(memory, key=memory.__getitem__)
     return (
         f"residual {job.model.label}: nothing fits {gpus} x {hardware.name} with {hardware.memory / 1e9:.0f} GB each "
         f"({hardware.usable:.0%} usable): the leanest of {len(found)} plans, {choice.plan} with micro-batches of "

@@ -19,6 +19,7 @@ import sys
 import warnings
 from collections import defaultdict
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -166,13 +167,15 @@ def _group_of(args: list) -> dist.ProcessGroup:
                 return dist.ProcessGroup.unbox(value)
         if isinstance(value, str):
             with contextlib.suppress(Exception):
-                return dist.distributed_c10d._resolve_process_group(value)
+                return dist.distributed_c10d._resolve_process_group(cast("dist.GroupName", value))
     raise RuntimeError("a collective without a process group")
 
 
 def _axes(world) -> dict[str, str]:
     """Name of a process group -> the axis it is of; where an axis is all processes, theirs goes by its name."""
-    found = {dist.group.WORLD.group_name: "world"}
+    everybody = dist.group.WORLD
+    assert everybody is not None, "there are groups"
+    found: dict[str, str] = {everybody.group_name: "world"}
     for axis in AXES:
         if getattr(world.plan, axis) > 1:
             found[world.group(axis).group_name] = axis
@@ -243,18 +246,16 @@ def count_step(config: TrainConfig, world, *, cache: bool = True, warm_up: int =
         tokens = torch.randint(config.model.vocab_size, shape, generator=draw)
         own = tokens[world.data_rank * rows : (world.data_rank + 1) * rows]
         counting = step == warm_up
-        counter = Counter(world, stages) if counting else None
+        counter = Counter(world, stages)
         if counting:
             dist.barrier()
             before = socket_bytes()
-        with counter or contextlib.nullcontext():
+        with counter if counting else contextlib.nullcontext():
             engine.optimizer.zero_grad()
             engine.backward(own[:, :-1], own[:, 1:])
-            if counting:
-                counter.phase = "norm"
+            counter.phase = "norm"
             engine.optimizer.clip_grad_norm(config.optim.grad_clip)
-            if counting:
-                counter.phase = "update"
+            counter.phase = "update"
             engine.optimizer.step()
     dist.barrier()
     return {"sent": dict(counter.sent), "socket_bytes": _sent_since(before)}

@@ -7,6 +7,7 @@ up to sharding. The loop sees nothing else.
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,14 @@ from ..data import eval_batches
 from ..model import GPT, mean_loss, own_part
 from ..optim import MuonAdamW, build_optimizer
 from .plan import cuts
-from .world import World
+from .world import ManyProcesses, World
+
+if TYPE_CHECKING:
+    from .pipeline import GPTStage
 
 Autocast = Callable[[], AbstractContextManager]
+Forward = Callable[[Tensor, Tensor], tuple[Tensor | None, Tensor]]
+"""The model, wrapped perhaps: token ids and targets, ``[B, T]`` each, to what nobody reads and the mean loss."""
 NO_TARGET = -100
 """Target of a token that no loss counts."""
 
@@ -34,7 +40,7 @@ class Engine:
 
     def __init__(self, model: GPT, config: TrainConfig, world: World, device: torch.device):
         self.model: GPT | None = model
-        """The model, where this process has all its blocks."""
+        """The model; ``None`` where this process has not all its blocks."""
         self.config, self.world, self.device = config, world, device
         plan = world.plan
         self.rows, self.micro_batch = plan.rows(config), plan.micro_batch(config)
@@ -44,9 +50,15 @@ class Engine:
         self._prepare(model)
         self.optimizer: MuonAdamW = self._optimizer()
 
+    @property
+    def whole_model(self) -> GPT:
+        """``model``, for those who know that it is here."""
+        assert self.model is not None, "this process has some of the blocks alone"
+        return self.model
+
     def _prepare(self, model: GPT) -> None:
         self.parts: list[nn.Module] = [model]
-        self.forward = torch.compile(model) if self.config.compile else model
+        self.forward: Forward = torch.compile(model) if self.config.compile else model
 
     def _optimizer(self) -> MuonAdamW:
         return build_optimizer(self.parts, self.config.optim)
@@ -77,7 +89,7 @@ class Engine:
 
     def first_sublayer(self) -> list[nn.Parameter]:
         """Parameters of the first attention with its norm, where this process has it."""
-        return list(self.model.blocks[0].attn.parameters())
+        return list(self.whole_model.blocks[0].attn.parameters())
 
     @torch.no_grad()
     def validate(self, split, tokens: int, stopped: Callable[[], bool]) -> float | None:
@@ -109,19 +121,20 @@ class Engine:
 class ShardedEngine(Engine):
     """A model that all processes of the axes dp, fsdp and tp share: no pipeline."""
 
-    def _prepare(self, model):
+    world: ManyProcesses
+
+    def _prepare(self, model: GPT) -> None:
         from . import shard
 
         self.parts = [model]
         self._split_sequences(model)
-        self.forward = shard.data_parallel(model, self.world, always_shard=self.always_shard)
-        if self.config.compile:
-            self.forward = torch.compile(self.forward)
+        wrapped = shard.data_parallel(model, self.world, always_shard=self.always_shard)
+        self.forward = torch.compile(wrapped) if self.config.compile else wrapped
 
     always_shard = False
     """Whether FSDP wraps the model even where nothing is to be sharded; to measure what it costs."""
 
-    def _split_sequences(self, part) -> None:
+    def _split_sequences(self, part: "GPT | GPTStage") -> None:
         from . import shard
 
         plan = self.world.plan
@@ -129,7 +142,7 @@ class ShardedEngine(Engine):
             shard.tensor_parallel(part.whole_blocks(), self.world)
             part.sequence_part = self.world.place["tp"], plan.tp
 
-    def _optimizer(self):
+    def _optimizer(self) -> MuonAdamW:
         from . import shard
 
         return build_optimizer(
@@ -150,7 +163,7 @@ class ShardedEngine(Engine):
     def _parameters(self) -> list[nn.Parameter]:
         return [p for part in self.parts for p in part.parameters()]
 
-    def backward(self, inputs, targets):
+    def backward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         # A process's loss is a mean over its part of the tokens; the gradients of tp's parts are summed, those of data
         # averaged.
         share = self.micro_batch / self.rows / self.world.plan.tp
@@ -172,14 +185,16 @@ class ShardedEngine(Engine):
         """Gradients meet once a step under DDP, unless they leave for fp32 masters after each micro-batch."""
         import contextlib
 
-        wait = not last and self.config.precision != "bf16" and hasattr(self.forward, "no_sync")
-        return self.forward.no_sync() if wait else contextlib.nullcontext()
+        no_sync = getattr(self.forward, "no_sync", None)
+        if last or self.config.precision == "bf16" or no_sync is None:
+            return contextlib.nullcontext()
+        return no_sync()
 
     def _mean(self, total: Tensor) -> Tensor:
         return self.world.sum(total.double() / self.world.plan.data_ways).to(total.dtype)
 
     @torch.no_grad()
-    def validate(self, split, tokens, stopped):
+    def validate(self, split, tokens: int, stopped: Callable[[], bool]) -> float | None:
         # Sums of losses and numbers of tokens.
         found = torch.zeros(2, dtype=torch.float64, device=self.device)
         for inputs, targets in self._shares(split, tokens):
@@ -203,7 +218,7 @@ class ShardedEngine(Engine):
     def _rows_at_once(self) -> int:
         return self.micro_batch
 
-    def _validate_batch(self, inputs, targets, found) -> None:
+    def _validate_batch(self, inputs: Tensor, targets: Tensor, found: Tensor) -> None:
         with self.autocast():
             _, loss = self.forward(inputs, targets)
         _count(found, loss, targets if self.model is None else own_part(targets, self.model.sequence_part))
@@ -219,19 +234,28 @@ def _count(found: Tensor, loss: Tensor, targets: Tensor) -> None:
 class PipelineEngine(ShardedEngine):
     """A model in stages, each shared by the processes of the axes dp, fsdp and tp."""
 
-    def __init__(self, model, config, world, device, *, cache: bool = True):
+    def __init__(
+        self,
+        model: GPT,
+        config: TrainConfig,
+        world: ManyProcesses,
+        device: torch.device,
+        *,
+        cache: bool = True,
+    ):
         self.cached = cache
         super().__init__(model, config, world, device)
 
-    def _prepare(self, model):
+    def _prepare(self, model: GPT) -> None:
         from . import pipeline, shard
 
         plan, config = self.world.plan, self.config
         self.model = None
         self.pipeline = pipeline.Pipeline(model, plan, self.world.place["pp"], cache=self.cached)
-        self.parts = list(self.pipeline.stages)
+        stages = self.pipeline.stages
+        self.parts = [*stages]
         called = []
-        for stage in self.parts:
+        for stage in stages:
             self._split_sequences(stage)
             called.append(shard.data_parallel(stage, self.world))
         parameter = next(self.parts[0].parameters())
@@ -239,20 +263,22 @@ class PipelineEngine(ShardedEngine):
             self.pipeline, called, self.world, self._loss, plan.micro_batches(config), self.micro_batch, self.device,
             dtype=parameter.dtype, autocast=config.precision == "autocast", cache=self.cached,
         )  # fmt: skip
-        self.has_first, self.has_last = self.parts[0].first, self.parts[-1].last
+        self.has_first, self.has_last = stages[0].first, stages[-1].last
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        part = own_part(targets, self.parts[-1].sequence_part)
+        part = own_part(targets, self.pipeline.stages[-1].sequence_part)
         with torch.autocast(self.device.type, enabled=False):
             return mean_loss(logits, part) / self.world.plan.tp
 
-    def _counted_elsewhere(self):
-        return [] if self.has_first or not self.has_last else [self.parts[-1].embed.weight]
+    def _counted_elsewhere(self) -> list[nn.Parameter]:
+        if self.has_first or not self.has_last:
+            return []
+        return list(self.pipeline.stages[-1].embed.parameters())
 
-    def first_sublayer(self):
-        return list(self.parts[0].blocks["0"].attn.parameters()) if self.has_first else []
+    def first_sublayer(self) -> list[nn.Parameter]:
+        return list(self.pipeline.stages[0].blocks["0"].attn.parameters()) if self.has_first else []
 
-    def _run(self, step, inputs, targets) -> list[Tensor]:
+    def _run(self, step: Callable[..., object], inputs: Tensor, targets: Tensor) -> list[Tensor]:
         """The losses of the micro-batches, where the last stage is; ``step``: of the schedule."""
         self.pipeline.start()
         losses: list[Tensor] = []
@@ -262,7 +288,7 @@ class PipelineEngine(ShardedEngine):
             step(*given, return_outputs=False, **named)
         return losses
 
-    def backward(self, inputs, targets):
+    def backward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         losses = self._run(self.schedule.step, inputs, targets)
         total = torch.zeros((), device=self.device)
         if losses:
@@ -270,19 +296,20 @@ class PipelineEngine(ShardedEngine):
         if self.world.tied_group is not None:
             from . import shard
 
-            tied = self.parts[0 if self.has_first else -1].embed.weight
+            tied = self.pipeline.stages[0 if self.has_first else -1].embed.weight
+            assert tied.grad is not None, "the embedding is used on both ends"
             shard.sum_over_tied([tied.grad], self.world)
         self.optimizer.collect_gradients()
         self._complete_gradients()
         return self._mean(total)
 
-    def _rows_at_once(self):
+    def _rows_at_once(self) -> int:
         return self.rows
 
-    def _validate_batch(self, inputs, targets, found):
+    def _validate_batch(self, inputs: Tensor, targets: Tensor, found: Tensor) -> None:
         losses = self._run(self.schedule.eval, inputs, targets)
         for loss, micro_targets in zip(losses, targets.split(self.micro_batch), strict=bool(losses)):
-            own = own_part(micro_targets, self.parts[-1].sequence_part)
+            own = own_part(micro_targets, self.pipeline.stages[-1].sequence_part)
             _count(found, loss * self.world.plan.tp, own)
 
 
@@ -293,6 +320,7 @@ def build_engine(
     plan = world.plan
     if world.size == 1:
         return Engine(model_of(()), config, world, device)
+    assert isinstance(world, ManyProcesses)
     if plan.pp == 1:
         return ShardedEngine(model_of(()), config, world, device)
     return PipelineEngine(model_of(cuts(config.model, plan)), config, world, device)

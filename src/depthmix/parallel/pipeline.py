@@ -30,7 +30,8 @@ initial values; their gradients are summed (:func:`depthmix.parallel.shard.sum_o
 import copy
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,9 +39,10 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from ..config import GPTConfig
-from ..model import GPT, own_part, rotary_part
-from ..residuals.base import Site
+from ..model import GPT, Block, own_part, rotary_part
+from ..residuals.base import Residual, Site
 from .plan import ParallelPlan, cuts, stage_blocks
+from .world import ManyProcesses
 
 
 class GPTStage(nn.Module):
@@ -53,6 +55,12 @@ class GPTStage(nn.Module):
 
     ``exchange``: how crossings are cached, ``None`` for not at all.
     """
+
+    blocks: Mapping[str, Block]
+    """Those of ``numbers``; of the one in front of them, the site behind its MLP alone."""
+    residual: Residual
+    rope_cos: Tensor
+    rope_sin: Tensor
 
     sequence_part = (0, 1)
     blocks_apart = False
@@ -69,22 +77,23 @@ class GPTStage(nn.Module):
             self.residual = model.residual
         else:  # for what it knows, not for its parameters, which are the beginning's
             object.__setattr__(self, "residual", model.residual)
-        self.blocks = nn.ModuleDict({str(i): model.blocks[i] for i in blocks})
+        held: Any = nn.ModuleDict({str(i): model.blocks[i] for i in blocks})
+        self.blocks = held
         if not self.first:
-            entrance = nn.Module()
+            entrance: Any = nn.Module()
             entrance.mlp_site = _receiving(model.blocks[blocks.start - 1].mlp_site)
-            self.blocks[str(blocks.start - 1)] = entrance
+            held[str(blocks.start - 1)] = entrance
         if self.last:
             self.norm = model.norm
         else:
             exit_block = copy.copy(model.blocks[blocks.stop - 1])
             exit_block._modules = dict(exit_block._modules)
             exit_block.mlp_site = _sending(exit_block.mlp_site)
-            self.blocks[str(blocks.stop - 1)] = exit_block
+            held[str(blocks.stop - 1)] = exit_block
         for name in ("rope_cos", "rope_sin"):
             self.register_buffer(name, getattr(model, name), persistent=False)
 
-    def whole_blocks(self) -> list[nn.Module]:
+    def whole_blocks(self) -> list[Block]:
         """Without the entrance, which is a site alone."""
         return [self.blocks[str(i)] for i in self.numbers]
 
@@ -238,7 +247,7 @@ class Pipeline:
         blocks = stage_blocks(model.config.n_layer, plan.stages)
         self.numbers = list(plan.stages_of(pp_rank))
         known = known_tensors(model, plan) if cache else [0] * (plan.stages - 1)
-        self.stages = []
+        self.stages: list[GPTStage] = []
         for number in self.numbers:
             exchange = None
             if any(known):
@@ -300,15 +309,16 @@ def crossing_examples(
             parameter.data = parameter.data.to(dtype)
         known = known_tensors(model, plan) if cache else [0] * (plan.stages - 1)
         stages = [GPTStage(model, blocks) for blocks in stage_blocks(config.n_layer, plan.stages)]
-        values = (torch.zeros(rows, part, dtype=torch.int64),)
-        for number, stage in enumerate(stages):
+        crossed: tuple[Tensor, ...] = (torch.zeros(rows, part, dtype=torch.int64),)
+        for stage in stages:
             stage.config = dataclasses.replace(config, seq_len=part)
-            values = stage(*values)
-            if number < len(stages) - 1:
-                examples.append(values[known[number] :])
+        for stage, held in zip(stages[:-1], known, strict=True):
+            crossed = stage(*crossed)
+            examples.append(crossed[held:])
+        logits = stages[-1](*crossed)
     by_heads = model.residual.crosses_by_head
     made = [tuple(_example(x, plan.tp if by_heads else 1) for x in crossing) for crossing in examples]
-    return made, _example(values, 1)
+    return made, _example(logits, 1)
 
 
 def _example(x: Tensor, tp: int) -> Tensor:
@@ -321,13 +331,13 @@ def _example(x: Tensor, tp: int) -> Tensor:
 def build_schedule(
     pipeline: Pipeline,
     called: Sequence[nn.Module],
-    world,
-    loss_fn,
+    world: ManyProcesses,
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
     micro_batches: int,
     rows: int,
     device: torch.device,
-    **examples,
-):
+    **examples: Any,
+) -> Any:
     """The schedule that runs ``called`` (the stages, perhaps wrapped) of this process."""
     from torch.distributed.pipelining import PipelineStage
     from torch.distributed.pipelining.schedules import Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
@@ -344,6 +354,6 @@ def build_schedule(
         for number, module in zip(pipeline.numbers, called, strict=True)
     ]  # fmt: skip
     if plan.schedule == "interleaved":
-        return ScheduleInterleaved1F1B(stages, micro_batches, loss_fn)
+        return ScheduleInterleaved1F1B([*stages], micro_batches, loss_fn)
     single = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}[plan.schedule]
     return single(stages[0], micro_batches, loss_fn)

@@ -21,6 +21,7 @@ foreseen (:attr:`depthmix.GPT.blocks_apart`). **DDP** otherwise.
 
 import warnings
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from .plan import units
 from .updates import Exchange, batch_elements
 from .world import ManyProcesses
+
+if TYPE_CHECKING:
+    from ..model import GPT
+    from .pipeline import GPTStage
 
 
 def tensor_parallel(blocks: Iterable[nn.Module], world: ManyProcesses) -> None:
@@ -69,14 +74,14 @@ class _Arrived(torch.autograd.Function):
         return gradient.wait() if isinstance(gradient, AsyncCollectiveTensor) else gradient
 
 
-def data_parallel(part: nn.Module, world: ManyProcesses, *, always_shard: bool = False) -> nn.Module:
-    """``part`` (a GPT or a stage of one) over dp and fsdp; returns what is to be called."""
+def data_parallel(part: "GPT | GPTStage", world: ManyProcesses, *, always_shard: bool = False) -> nn.Module:
+    """``part`` over dp and fsdp; returns what is to be called."""
     plan = world.plan
     if plan.sharded or always_shard:
         mesh = world.mesh["dp", "fsdp"] if plan.dp > 1 else world.mesh["fsdp"]
         # Our blocks return views, of results that nobody changes in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-        blocks = list(part.whole_blocks())
+        blocks = part.whole_blocks()
         sizes = [sum(local(p).nbytes for p in block.parameters()) for block in blocks]
         for unit in units(sizes, plan):
             fully_shard([blocks[i] for i in unit], mesh=mesh)
@@ -103,7 +108,7 @@ def sharded_axes(x: Tensor) -> dict[str, int]:
     """Axis of the mesh -> the dimension of ``x`` that is divided over it."""
     if not isinstance(x, DTensor):
         return {}
-    axes = zip(x.device_mesh.mesh_dim_names, x.placements, strict=True)
+    axes = zip(x.device_mesh.mesh_dim_names or (), x.placements, strict=True)
     return {axis: placement.dim for axis, placement in axes if hasattr(placement, "dim")}
 
 
@@ -151,7 +156,7 @@ class Layout:
         fp32; fp64 where the first parameter is. Not finite where any process's copy of any gradient is not.
         """
         plan, groups = self.world.plan, [(), ("fsdp",), ("tp",), ("fsdp", "tp")]
-        parts = {axes: [] for axes in groups}
+        parts: dict[tuple[str, ...], list[Tensor]] = {axes: [] for axes in groups}
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None and parameter not in self._counted_elsewhere:
                 axes = tuple(axis for axis in ("fsdp", "tp") if axis in sharded_axes(gradient))

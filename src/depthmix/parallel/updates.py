@@ -184,7 +184,7 @@ class Exchange:
         _flatten_into(own, [updates[i] for i in owned_by[self._place["dp"]]])
         everything = torch.empty(self._plan.dp * most, dtype=dtype, device=device)
         _all_gather(everything, own, group=self._world.group("dp"))
-        found = {}
+        found: dict[int, Tensor] = {}
         for owned, part_of_one, of_one in zip(owned_by, everything.split(most), shapes, strict=True):
             found.update(zip(owned, _unflatten(part_of_one, of_one), strict=True))
         return [found[i] for i in range(len(self._shapes))]

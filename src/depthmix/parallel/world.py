@@ -43,6 +43,8 @@ class World:
 
     plan = ParallelPlan()
     rank, size = 0, 1
+    timeout_s = TIMEOUT_S
+    """Seconds that a process waits for another in a collective."""
 
     @property
     def first(self) -> bool:
@@ -124,12 +126,12 @@ class ManyProcesses(World):
         self.plan, self.timeout_s = plan, timeout_s
         self._dist = dist
         limit = datetime.timedelta(seconds=timeout_s)
-        self._roll = None
+        roll = None
         self._timeouts = _limit_new_groups(limit)
         try:
             self._store, self.rank, self.size = next(dist.rendezvous("env://", timeout=limit))
             life = _meet(self._store, self.rank, self.size, limit)
-            self._roll = _Roll(self._store, f"roll/{life}", self.rank, self.size)
+            roll = self._roll = _Roll(self._store, f"roll/{life}", self.rank, self.size)
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo",
                 store=dist.PrefixStore(f"groups/{life}", self._store),
@@ -140,7 +142,7 @@ class ManyProcesses(World):
             sizes = tuple(getattr(plan, axis) for axis in AXES)
             self.mesh = init_device_mesh(device_type, sizes, mesh_dim_names=AXES)
         except (RuntimeError, ValueError) as error:
-            found = self._roll.call(None) if self._roll else ""
+            found = "" if roll is None else roll.call(None)
             raise _lost(
                 f"the {size} processes did not find each other within {timeout_s:g} s "
                 f"({found or _first_line(error)}); check that all were started with the same rendezvous endpoint"
@@ -191,7 +193,8 @@ class ManyProcesses(World):
         return found
 
     def decide(self, answer):
-        found, failed = [None, None], None
+        found: list[Any] = [None, None]
+        failed: Exception | None = None
         if self.first:
             try:
                 found[0] = answer()
@@ -204,9 +207,9 @@ class ManyProcesses(World):
             raise failed
         if found[1] is not None:
             kind, message = found[1]
-            error = kind(message)
-            error.told = True  # by the first process
-            raise error
+            repeated = kind(message)
+            repeated.told = True  # by the first process
+            raise repeated
         return found[0]
 
     def close(self):
@@ -334,7 +337,8 @@ class _Roll:
         return f"to the others, {found}" if self._own in found else found
 
     def _call(self, how: str | None) -> str:
-        self._store.multi_set([f"called/{rank}" for rank in self.others], [""] * len(self.others))
+        called = [f"called/{rank}" for rank in self.others]
+        self._store.multi_set(called, [""] * len(called))  # type: ignore[attr-defined]  # torch's stubs lack it
         until, silent, busy = time.monotonic() + GRACE_S, list(self.others), {}
         while silent and time.monotonic() < until:
             if finding := self._reasons() or self._has("finding"):
@@ -381,7 +385,8 @@ class _Roll:
 
 def _busy_with() -> str:
     """Where the main thread is, if that is not in communication with others, as far as its Python frames tell."""
-    stack = traceback.extract_stack(sys._current_frames().get(threading.main_thread().ident))
+    main = threading.main_thread().ident
+    stack = traceback.extract_stack(None if main is None else sys._current_frames().get(main))
     waits = (
         "torch/distributed/",
         "torch/autograd/",

@@ -186,7 +186,7 @@ def _loss_text(cells: list[dict], measure: str, words: bool) -> str:
         return f"{text} ({_state(cells)})" if words else f"{text}?"
     if words:
         return text if verdict == "learns" else f"{text} {verdict}"
-    return text + MARKS.get(verdict, " ")
+    return text + (" " if verdict is None else MARKS.get(verdict, " "))
 
 
 def _number(value: float | None) -> str:

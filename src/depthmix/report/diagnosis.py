@@ -131,7 +131,7 @@ def _closest(run: Shown) -> dict:
 
 
 def _importance(run: Shown) -> dict:
-    found = {}
+    found: dict[str, float | None] = {}
     for name, pick in (("most_important", np.nanargmax), ("least_important", np.nanargmin)):
         block = int(pick(run["removal_delta"])) if run.has("removal_delta") else None
         found[f"{name}_block"] = block

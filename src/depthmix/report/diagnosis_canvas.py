@@ -2,6 +2,7 @@
 
 import re
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,7 +54,7 @@ class Shown:
         return "\n".join([*textwrap.wrap(self.label, at_most)[:3], *textwrap.wrap(detail, at_most)[:2]])
 
 
-def labels(diagnoses: list[Diagnosis]) -> list[str]:
+def labels(diagnoses: Sequence[Diagnosis]) -> list[str]:
     """What names each: its connection, or the model where that says more; of several alike, with the run's name."""
     shown = [d.subject.get("label") or d.subject["residual"] for d in diagnoses]
     return distinct_labels(shown, [d.subject["name"] for d in diagnoses])
@@ -119,11 +120,11 @@ def grid_of(runs: list[Shown], heights: list[float], ink: str, own: tuple[int, .
     width = WIDTHS[across]
     figure = figure or new_figure(across * width + 0.5, lines * (sum(heights) + 0.5) + 0.3)
     grid = figure.add_gridspec(lines * kinds, across, height_ratios=heights * lines)
-    axes = [[None] * kinds for _ in runs]
+    axes: list[list] = [[] for _ in runs]
     for i, run in enumerate(runs):
         for k in range(kinds):
             cell = grid[i // across * kinds + k, i % across]
-            axes[i][k] = figure.add_subplot(cell, sharey=axes[0][k] if i and k not in own else None)
+            axes[i].append(figure.add_subplot(cell, sharey=axes[0][k] if i and k not in own else None))
             tidy(axes[i][k], ink)
         axes[i][0].set_title(run.title(width))
     return figure, axes
@@ -272,7 +273,7 @@ def density_colours():
 
 def legend(figure, axes) -> None:
     """One legend under all panels, streams by their numbers, read line by line."""
-    handles = {}
+    handles: dict[str, object] = {}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)

@@ -52,6 +52,7 @@ class DiagnosisFigure:
 
     def render(self, runs: list[Shown]) -> tuple[bytes, str, float]:
         """A PNG on white for print, an SVG element in the page's ink, and the width in inches of both."""
+        assert self.draw is not None, "a figure that renders itself has no other drawing"
         buffer = io.BytesIO()
         with drawing(_SVG_INK):
             figure = self.draw(runs, _SVG_INK)

@@ -282,7 +282,7 @@ def _settings(ink: str, size: float) -> dict:
 
 def _legend(figure, axes) -> None:
     """One legend under all panels: there it covers no curve and is never cut off."""
-    handles = {}
+    handles: dict[str, object] = {}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
@@ -295,14 +295,15 @@ def png(groups: Groups, baseline: str | None) -> bytes:
     """``loss.png``: the loss curves and, where there is a baseline to subtract, the difference to it."""
     import matplotlib
 
-    two = baseline is not None and len(groups) > 1
+    subtracted = baseline if len(groups) > 1 else None
+    two = subtracted is not None
     with matplotlib.rc_context(_settings(INK, 9)):
         figure, axes = _figure(10 if two else 6.4, 4.2, 2 if two else 1, INK, transparent=False)
         draw_loss(axes[0], groups, baseline, INK)
-        if two:
-            draw_difference(axes[1], groups, baseline, INK)
+        if subtracted is not None:
+            draw_difference(axes[1], groups, subtracted, INK)
             axes[0].set_title("Training loss (lines), validation loss (dots)")
-            axes[1].set_title(f"Difference to {baseline}, same batches")
+            axes[1].set_title(f"Difference to {subtracted}, same batches")
         else:
             axes[0].set_title("Training loss (line), validation loss (dots)")
         _legend(figure, axes)

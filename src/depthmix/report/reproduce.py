@@ -39,7 +39,8 @@ def train_command(config: dict) -> str:
     model.pop("residual_options", None)
     config = {**config, "model": model}
     candidates = [["depthmix", "train", "--preset", name, *flags(config, _dict(name))] for name in PRESETS]
-    return shlex.join(min(candidates, key=len))
+    shortest = min(candidates, key=len)
+    return shlex.join(shortest)
 
 
 def compare_command(plan: dict) -> str:
