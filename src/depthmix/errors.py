@@ -23,6 +23,8 @@ class UserError(ValueError):
 class RunError(RuntimeError):
     """Something failed while running. The message names the file or step and what to do."""
 
+    lost = False
+    """Whether other processes of the run are lost: nothing that waits for them ends well."""
     exit_status = EXIT_FAILED
 
 
