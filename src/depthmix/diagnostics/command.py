@@ -145,11 +145,11 @@ def _opened(path: Path, args: Diagnose, device) -> "tuple[Subject, Tensor, str]"
     tokens = args.texts * args.length
     source = ", ".join(args.data)
     if is_huggingface(path):
-        from .huggingface import HuggingFaceSubject
+        from .opening import open_huggingface
 
         if not args.data:
             raise UserError("a model of Hugging Face comes without text; give --data")
-        subject = HuggingFaceSubject.load(path, device)
+        subject = open_huggingface(path, device)
         length = min(args.length, subject.max_length)
         texts = subject.windows(args.data, args.text_field, length, tokens)
     else:
