@@ -41,9 +41,8 @@ import fault_points
 import torch
 from fault_record import batches, windows_wrong
 
-from depthmix.checkpoint import latest_checkpoint, problem
+from depthmix.checkpoint import latest_checkpoint, problem, whole_tensors
 from depthmix.config import from_dict
-from depthmix.parallel.checkpoint import whole_tensors
 from depthmix.parallel.plan import ParallelPlan
 from depthmix.parallel.world import GRACE_S
 

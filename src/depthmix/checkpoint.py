@@ -125,7 +125,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 def reason(error: Exception) -> str:
     """What went wrong, without the number that the operating system gives it."""
-    return str(getattr(error, "strerror", None) or error or type(error).__name__)
+    return str(getattr(error, "strerror", None) or error) or type(error).__name__
 
 
 def entry(path: Path) -> dict:
@@ -225,6 +225,7 @@ def save_weights(folder: Path, step: int, weights: dict[str, Tensor], state: dic
     Raises ``OSError`` or ``SafetensorError``; :func:`reason` says in words what either means.
     """
     beside = prepare(folder, step)
+    assert beside is not None, f"{folder} has checkpoint {step} already"
     write_tensors(beside / "model.safetensors", weights)
     return commit(
         beside,
@@ -489,8 +490,6 @@ def load_checkpoint(checkpoint: Path, *, training: bool = True) -> Checkpoint:
             f"start one from them with depthmix train --init-from {checkpoint.parent.parent} --out NEW_RUN"
         )
     if state.get("layout") == SHARDED:
-        from .parallel.checkpoint import whole_tensors
-
         tensors = {part: whole_tensors(checkpoint, part) for part in (_PARTS if training else _PARTS[:1])}
     else:
         parts = (*_PARTS, "random") if training else _PARTS[:1]
@@ -502,6 +501,17 @@ def load_checkpoint(checkpoint: Path, *, training: bool = True) -> Checkpoint:
         random=tensors.get("random", {}),
         state=state,
     )
+
+
+def whole_tensors(checkpoint: Path, part: str) -> dict[str, Tensor]:
+    """All tensors of a part of a checkpoint in pieces, whole, on the CPU. Hashes were verified before.
+
+    Raises ``RunError`` when the manifest is damaged.
+    """
+    # Not above: it loads torch.distributed.checkpoint, which a checkpoint in whole files does not need.
+    from .parallel.pieces import read_whole
+
+    return read_whole(checkpoint, files_of(checkpoint, part))
 
 
 def has_weights_alone(checkpoint: Path) -> bool:
@@ -614,7 +624,7 @@ def start_from(model: nn.Module, path: Path) -> None:
 
 
 def _copy_into(live: dict[str, Tensor], saved: dict[str, Tensor], file: Path) -> None:
-    check_fit(_kinds(live), _kinds(saved), file)
+    check_fit(kinds_of(live), kinds_of(saved), file)
     for name, tensor in live.items():
         tensor.copy_(saved[name])
 
@@ -623,7 +633,8 @@ Kinds = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """Dtype and shape of tensors by name."""
 
 
-def _kinds(tensors: dict[str, Tensor]) -> Kinds:
+def kinds_of(tensors: dict[str, Tensor]) -> Kinds:
+    """Of tensors, or of what a process holds of them."""
     return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 

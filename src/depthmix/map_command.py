@@ -143,12 +143,12 @@ def _trained(path: Path, data: tuple[str, ...], tokens: int, device) -> Subject:
 
 
 def _adapted(path: Path, data: tuple[str, ...], tokens: int, device) -> Subject:
-    from .adapters.subject import AdaptedSubject
-    from .diagnostics.huggingface import HuggingFaceSubject
+    from .diagnostics.adapted import AdaptedSubject
+    from .diagnostics.opening import open_huggingface
 
     if not data:
         raise UserError("a model of Hugging Face comes without text; give --data")
-    found = HuggingFaceSubject.load(path, device)
+    found = open_huggingface(path, device)
     if not isinstance(found, AdaptedSubject):
         raise UserError(
             f"it is a {type(found.module).__name__} with its own connection, PreNorm, whose map is all ones; "

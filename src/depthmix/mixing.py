@@ -39,12 +39,13 @@ import torch
 from torch import Tensor, nn
 
 from .config import GPTConfig
+from .diagnostics.adapted import AdaptedSubject
 from .diagnostics.capture import uncompiled
 from .errors import UserError, suggest
 from .model import GPT
 from .ops.reference import compute_dtype
 from .residuals import available_residuals, build_residual
-from .residuals.base import Residual, Site
+from .trunk import Trunk
 
 PER = ("mean", "token", "channel")
 CHUNK_BYTES = 256 * 2**20
@@ -264,36 +265,6 @@ def residuals_with_map() -> list[str]:
 # --- what is mapped -------------------------------------------------------------------------------
 
 
-@dataclass
-class Trunk:
-    """What a map asks of a model."""
-
-    residual: str
-    """Name of the connection."""
-    connection: Residual
-    sites: list[Site]
-    labels: tuple[str, ...]
-    """Of the sublayers."""
-    d_model: int
-    dtype: torch.dtype
-    device: torch.device
-    vocab_size: int
-    run: Callable[[Tensor], object]
-    """The trunk on ids ``[B, T]``."""
-    watch: Callable[[Callable[[Tensor], None], Callable[[Tensor], None] | None], list[Any]]
-    """``watch(embedded, read)``: hooks that give the embedding to the first, and to the second what sublayers 1 .. L
-    and the final norm read, each ``[B, T, D]``."""
-    write: float = 1.0
-    """Constant by which outputs are multiplied before they are written."""
-    reads: tuple[float, ...] | None = None
-    """Constants by which what is read behind sublayers 1 .. L is multiplied."""
-
-    @property
-    def gate_width(self) -> int:
-        """W: one coefficient a token will do unless a gate has one per channel."""
-        return self.d_model if any(site.per_channel for site in self.sites) else 1
-
-
 def _trunk(model: GPT) -> Trunk:
     config = model.config
 
@@ -458,8 +429,6 @@ def _checked(model: Any, ids: Any) -> tuple[Trunk, Tensor]:
             raise UserError("model has no weights (it is on the meta device); load or initialise it first")
         trunk = _trunk(model)
     elif hasattr(getattr(model, "config", None), "depthmix"):
-        from .adapters.subject import AdaptedSubject
-
         modes = [(module, module.training) for module in model.modules()]
         trunk = AdaptedSubject(model, name=type(model).__name__).trunk()
         for module, training in modes:

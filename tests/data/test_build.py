@@ -160,11 +160,11 @@ def test_merges_are_not_learnt_from_validation_text(tmp_path):
     )
     assert len(val) > 3
     # The side is by content, so look for texts with the marked word on a given side.
-    import depthmix.data.build as build
+    from depthmix.data.writing import share_of
 
     def on_side(word, held_out):
         texts = (f"{word} {word} {word} {i}" for i in range(1000))
-        return [text for text in texts if (build._share(text.encode()) < 0.3) == held_out][:20]
+        return [text for text in texts if (share_of(text.encode()) < 0.3) == held_out][:20]
 
     texts = on_side("xyzzyqua", True) + on_side("plughwor", False)
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -226,7 +226,7 @@ def test_finished_work_is_used_again(text_folder, cache, monkeypatch):
         raise AssertionError("tokenized again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("depthmix.data.build._tokenize", never)
+        patch.setattr("depthmix.data.build.tokenize", never)
         assert prepare(config) == folder
     others = [
         DataConfig((str(text_folder),), "gpt2"),

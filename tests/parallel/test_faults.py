@@ -17,9 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from depthmix.checkpoint import latest_checkpoint, problem
+from depthmix.checkpoint import latest_checkpoint, problem, whole_tensors
 from depthmix.config import from_dict
-from depthmix.parallel.checkpoint import whole_tensors
 from depthmix.parallel.plan import ParallelPlan
 
 sys.path.insert(0, str(Path(__file__).parent))  # the processes import these by name

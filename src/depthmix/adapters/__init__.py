@@ -1,14 +1,25 @@
 """Models of other packages with another residual connection: their own blocks, joined otherwise."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..errors import UserError
 
+if TYPE_CHECKING:
+    from ..wrapping import Start
+
+INSTALL = "pip install 'depthmix[hf]'"
+"""What to do where models of transformers are asked for, and it is missing."""
+
 
 def adapt(
-    model: Any, residual: str = "mgr-competitive", *, n_streams: int = 4, start: str = "own", **options: Any
+    model: Any,
+    residual: str = "mgr-competitive",
+    *,
+    n_streams: int = 4,
+    start: "Start" = "own",
+    **options: Any,
 ) -> Any:
     """Give a model of another package another residual connection.
 

@@ -13,19 +13,16 @@ on. No state is kept on a module. Names of parameters stay what they were; a blo
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..diagnostics.huggingface import _same, find_parts, trace_calls
+from ..anatomy import PartNames, find_parts, same_but_for_rounding, trace_calls
 from ..errors import UserError
 from ..residuals.base import Residual, Site
-from ..wrapping import begin_as, build_connection, scaled
-
-Parts = tuple[str, str, str | None]
-"""Names of the children of a block that return what attention and what the MLP adds, and of the child that reads the
-stream between the two, if one does."""
+from ..wrapping import Start, begin_as, build_connection, scaled
 
 SITES = ("attn_site", "mlp_site", "block_site", "connection")
 """Names of what a block has in addition."""
@@ -36,10 +33,10 @@ class View:
 
     forward = None  # transformers asks whether it is the outermost of several
 
-    def __init__(self, block: nn.Module, stand_ins: dict):
+    def __init__(self, block: "nn.Module | MixedBlock", stand_ins: dict[str, Callable[..., Any]]):
         self._block, self._stand_ins = block, stand_ins
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         stand_ins = self._stand_ins
         return stand_ins[name] if name in stand_ins else getattr(self._block, name)
 
@@ -50,26 +47,35 @@ class MixedBlock:
     in_trunk = True
     """For :func:`depthmix.optim.parameter_groups`."""
 
-    parts: Parts
+    parts: PartNames
     factors: tuple[float, ...]
     """Of this block's writes, then of its reads."""
     last: bool
+    training: bool
+    attn_site: Site
+    mlp_site: Site
+    block_site: Site
+    connection: Residual
+    """Of the first block only."""
+    _end: tuple[Residual]
+    """Of the last block only; in a tuple, as it belongs to the first."""
+    _original: ClassVar[type[nn.Module]]
 
-    def forward(self, hidden_states, *args, **kwargs):
+    def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
         self._refuse_reentrant(hidden_states)
         if isinstance(hidden_states, tuple):
-            h, *state = hidden_states
+            h, state = hidden_states[0], hidden_states[1:]
         else:
             h, state = self.connection.begin(hidden_states)
-        state = tuple(state)
         attention, mlp, middle = self.parts
         write, *reads = self.factors
-        written, shape = {}, h.shape
+        written: dict[str, Tensor] = {}
+        shape = h.shape
 
-        def writer(name):
+        def writer(name: str) -> Callable[..., Any]:
             module = getattr(self, name)
 
-            def stand_in(*args, **kwargs):
+            def stand_in(*args: Any, **kwargs: Any) -> Any:
                 out = module(*args, **kwargs)
                 y = out[0] if isinstance(out, tuple) else out
                 written[name] = scaled(shaped(y, shape), write)
@@ -77,7 +83,7 @@ class MixedBlock:
 
             return stand_in
 
-        def between(x, *args, **kwargs):
+        def between(x: Tensor, *args: Any, **kwargs: Any) -> Any:
             nonlocal h, state
             h, state = self.attn_site(written.pop(attention), state)
             h = scaled(h, reads[0])
@@ -102,7 +108,7 @@ class MixedBlock:
         carried = self._end[0].finish(h, state) if self.last else (h, *state)
         return (carried, *returned[1:]) if isinstance(returned, tuple) else carried
 
-    def _refuse_reentrant(self, hidden_states) -> None:
+    def _refuse_reentrant(self, hidden_states: Any) -> None:
         """A checkpoint that is reentrant passes no gradient to the tensors of a tuple."""
         if not self.training or torch.is_grad_enabled() or not isinstance(hidden_states, tuple):
             return
@@ -128,12 +134,14 @@ def mixed(block_class: type) -> type:
     )
 
 
-def sublayers_of(parts: Sequence[Parts]) -> int:
+def sublayers_of(parts: Sequence[PartNames]) -> int:
     """How many sublayers these blocks are."""
     return sum(1 if middle is None else 2 for *_, middle in parts)
 
 
-def connect(parts: Sequence[Parts], d_model: int, residual: str, **how) -> tuple[Residual, list[Site]]:
+def connect(
+    parts: Sequence[PartNames], d_model: int, residual: str, **how: Any
+) -> tuple[Residual, list[Site]]:
     """The connection of blocks with these parts, and its sites."""
     per_block = max(1 if middle is None else 2 for *_, middle in parts)
     return build_connection(sublayers_of(parts), d_model, residual, sublayers_per_block=per_block, **how)
@@ -141,12 +149,12 @@ def connect(parts: Sequence[Parts], d_model: int, residual: str, **how) -> tuple
 
 def install(
     blocks: Sequence[nn.Module],
-    parts: Sequence[Parts],
+    parts: Sequence[PartNames],
     d_model: int,
     residual: str,
     *,
-    start: str = "own",
-    **how,
+    start: Start = "own",
+    **how: Any,
 ) -> None:
     """Join ``blocks``, in place; ``start`` as in :func:`depthmix.wrap`, the rest as in ``build_connection``."""
     for index, block in enumerate(blocks):
@@ -154,21 +162,26 @@ def install(
         if taken:
             raise UserError(f"block {index} ({type(block).__name__}) already has something called {taken[0]}")
     connection, sites = connect(parts, d_model, residual, **how)
-    left = list(sites)
+    left, joined = list(sites), []
     for block, own in zip(blocks, parts, strict=True):
-        block.__class__ = mixed(type(block))
-        block.parts, block.last = tuple(own), block is blocks[-1]
+        block_class: type = type(block)
+        block.__class__ = mixed(block_class)
+        mixing = cast(MixedBlock, block)  # as its class says from here on
+        mixing.parts, mixing.last = own, block is blocks[-1]
+        joined.append(mixing)
         like = next((p for p in block.parameters() if p.is_floating_point()), None)
-        added = {name: left.pop(0) for name in (SITES[2:3] if own[2] is None else SITES[:2])}
+        added: dict[str, nn.Module] = {
+            name: left.pop(0) for name in (SITES[2:3] if own[2] is None else SITES[:2])
+        }
         if block is blocks[0]:
             added["connection"] = connection
         for name, module in added.items():
             setattr(block, name, module if like is None else module.to(like.device, like.dtype))
-    blocks[-1]._end = (connection,)  # in a tuple: it belongs to the first block
+    joined[-1]._end = (connection,)
     write, *reads = begin_as(start, connection, sites, residual)
-    for block in blocks:
-        count = 1 if block.parts[2] is None else 2
-        block.factors, reads = (write, *reads[:count]), reads[count:]
+    for mixing in joined:
+        count = 1 if mixing.parts[2] is None else 2
+        mixing.factors, reads = (write, *reads[:count]), reads[count:]
 
 
 def uninstall(blocks: Sequence[nn.Module]) -> None:
@@ -176,7 +189,8 @@ def uninstall(blocks: Sequence[nn.Module]) -> None:
     for block in blocks:
         if not isinstance(block, MixedBlock):
             continue
-        block.__class__ = type(block)._original
+        original: type = block._original
+        block.__class__ = original
         for name in (*SITES, "parts", "factors", "last", "_end"):
             if name in block._modules or name in block.__dict__:
                 delattr(block, name)
@@ -187,7 +201,7 @@ def connection_modules(blocks: Sequence[nn.Module]) -> list[nn.Module]:
     return [getattr(block, name) for block in blocks for name in SITES if name in block._modules]
 
 
-def find_all_parts(blocks: Sequence[nn.Module], call: Callable[[], object], what: str) -> list[Parts]:
+def find_all_parts(blocks: Sequence[nn.Module], call: Callable[[], object], what: str) -> list[PartNames]:
     """The parts of every block, by a run of the model in training mode, where dropout shows.
 
     Args:
@@ -203,7 +217,7 @@ def find_all_parts(blocks: Sequence[nn.Module], call: Callable[[], object], what
     found = []
     for index, (block, trace) in enumerate(zip(blocks, traces, strict=True)):
 
-        def refusal(why, index=index, block=block):
+        def refusal(why: str, index: int = index, block: nn.Module = block) -> UserError:
             return UserError(
                 f"{what} cannot be given another residual connection: block {index} ({type(block).__name__}) {why}"
             )
@@ -215,7 +229,7 @@ def find_all_parts(blocks: Sequence[nn.Module], call: Callable[[], object], what
 
 
 @contextlib.contextmanager
-def undisturbed(model: nn.Module, training: bool):
+def undisturbed(model: nn.Module, training: bool) -> Iterator[None]:
     """Inside, ``model`` is in this mode, without gradients. Modes and random states are as before afterwards."""
     modes = {module: module.training for module in model.modules()}
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
@@ -235,9 +249,9 @@ def adapt_blocks(
     d_model: int,
     residual: str,
     *,
-    start: str = "own",
-    **how,
-) -> list[Parts]:
+    start: Start = "own",
+    **how: Any,
+) -> list[PartNames]:
     """Find the parts of ``blocks``, check that ``x + F(x)`` by the same way is what the model does, and join them.
 
     Args:
@@ -264,7 +278,7 @@ def adapt_blocks(
     install(blocks, parts, d_model, "prenorm")
     try:
         with undisturbed(model, training=False):
-            same = _same(run(), expected)
+            same = same_but_for_rounding(run(), expected)
     finally:
         uninstall(blocks)
     if not same:

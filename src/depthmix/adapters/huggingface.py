@@ -13,13 +13,16 @@ import copy
 import functools
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ..diagnostics.huggingface import INSTALL, PROBE
+from .. import anatomy
+from ..anatomy import PROBE
 from ..errors import UserError
+from ..wrapping import Start
+from . import INSTALL
 
 try:
     import transformers
@@ -27,6 +30,9 @@ except ModuleNotFoundError as error:
     raise UserError(f"models of transformers need it installed: {INSTALL}") from error
 
 from .blocks import MixedBlock, adapt_blocks, connection_modules, install
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 PREFIX = "depthmix-"
 FAMILIES = (
@@ -51,7 +57,7 @@ def adapt_language_model(
     residual: str = "mgr-competitive",
     *,
     n_streams: int = 4,
-    start: str = "own",
+    start: Start = "own",
     dtype: torch.dtype | None = None,
     attn_implementation: str | None = None,
     **options: Any,
@@ -75,7 +81,8 @@ def adapt_language_model(
             "dtype and attn_implementation are for a configuration; a model has them already. Use model.to(dtype) or "
             "model.set_attn_implementation(...)"
         )
-    name = type(model).__name__
+    own: type = type(model)
+    name = own.__name__
     if not isinstance(model, transformers.PreTrainedModel):
         raise UserError(f"{name} is no model of transformers")
     config = model.config
@@ -83,7 +90,7 @@ def adapt_language_model(
         raise UserError(f"{name} attends to an encoder; only decoders on their own can be adapted")
     if config.get_text_config() is not config:
         raise UserError(f"{name} is more than a language model; adapt its language model alone")
-    if type(config).model_type not in transformers.CONFIG_MAPPING or _causal(type(config)) is not type(model):
+    if type(config).model_type not in transformers.CONFIG_MAPPING or _causal(type(config)) is not own:
         raise UserError(
             f"{name} is no causal language model (...ForCausalLM) as AutoModelForCausalLM makes them"
         )
@@ -99,8 +106,8 @@ def adapt_language_model(
     def run():
         return model(input_ids=ids.to(model.device), use_cache=False).logits
 
-    how = {"n_streams": n_streams, "start": start, "options": options}
-    parts = adapt_blocks(model, find_blocks(model), run, config.hidden_size, residual, **how)
+    how: dict[str, Any] = {"n_streams": n_streams, "start": start, "options": options}
+    parts = adapt_blocks(model, list(find_blocks(model)), run, config.hidden_size, residual, **how)
 
     changed = copy.deepcopy(config)
     changed.__class__ = register(type(config))
@@ -113,7 +120,7 @@ def adapt_language_model(
     for module in model.modules():
         if module.__dict__.get("config") is config:
             module.config = changed
-    model.__class__ = model_class(type(model))
+    model.__class__ = model_class(own)
     return model
 
 
@@ -139,16 +146,13 @@ def load(folder: str | Path, **keywords: Any) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, **keywords)
 
 
-def find_blocks(model: nn.Module) -> nn.ModuleList:
+def find_blocks(model: "PreTrainedModel") -> nn.ModuleList:
     """The list of blocks of a causal language model. Raises ``ValueError`` where there is none, or more than one."""
-    decoder, length = model.get_decoder(), model.config.num_hidden_layers
-    lists = [m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m) == length]
-    if len(lists) != 1:
-        raise UserError(
-            f"{type(model).__name__} cannot be given another residual connection: its {type(decoder).__name__} has "
-            f"{len(lists) or 'no'} {'lists' if lists else 'list'} of {length} blocks, where one is looked for"
-        )
-    return lists[0]
+
+    def refusal(why: str) -> UserError:
+        return UserError(f"{type(model).__name__} cannot be given another residual connection: its {why}")
+
+    return anatomy.find_blocks(model.get_decoder(), model.config.num_hidden_layers, refusal)
 
 
 class AdaptedConfig:
@@ -187,7 +191,7 @@ class AdaptedModel:
                     module.reset_parameters()
 
 
-def _checked(payload, length: int) -> dict:
+def _checked(payload: Any, length: int) -> dict[str, Any]:
     """``config.depthmix`` in the types that :func:`install` takes; it may come from anybody."""
     names = ("residual", "n_streams", "start", "options", "parts")
     if not isinstance(payload, dict) or set(payload) != set(names):
@@ -211,7 +215,7 @@ def _checked(payload, length: int) -> dict:
 
 
 @functools.cache
-def config_class(base: type) -> type:
+def config_class(base: "type[PreTrainedConfig]") -> "type[PreTrainedConfig]":
     """The configuration class of the adapted form of ``base``, ``LlamaConfig`` for one."""
     return type(
         f"Depthmix{base.__name__}",
@@ -226,7 +230,7 @@ def config_class(base: type) -> type:
 
 
 @functools.cache
-def model_class(base: type) -> type:
+def model_class(base: "type[PreTrainedModel]") -> "type[PreTrainedModel]":
     """The model class of the adapted form of ``base``, ``LlamaForCausalLM`` for one."""
     return type(
         f"Depthmix{base.__name__}",

@@ -7,12 +7,14 @@ class token, dropped paths, layer scales, head. ``state_dict`` keeps every name 
 import contextlib
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..diagnostics.huggingface import _forward
+from ..anatomy import forward_replaced
 from ..errors import UserError
+from ..wrapping import Start
 from .blocks import adapt_blocks
 
 
@@ -21,9 +23,9 @@ def adapt_vision_model(
     residual: str = "mgr-competitive",
     *,
     n_streams: int = 4,
-    start: str = "own",
+    start: Start = "own",
     example: Tensor | None = None,
-    **options,
+    **options: Any,
 ) -> nn.Module:
     """:func:`depthmix.adapt` for a module with ``blocks``.
 
@@ -47,10 +49,11 @@ def adapt_vision_model(
     def run():
         return model(example)
 
-    how = {"n_streams": n_streams, "start": start, "options": options}
+    how: dict[str, Any] = {"n_streams": n_streams, "start": start, "options": options}
     adapt_blocks(model, list(blocks), run, width, residual, **how)
     if hasattr(model, "forward_intermediates"):
-        model.__class__ = _looked_into(type(model))
+        own: type = type(model)
+        model.__class__ = _looked_into(own)
     return model
 
 
@@ -90,7 +93,7 @@ def _handing_on_tensors(blocks: Sequence[nn.Module]):
 
     with contextlib.ExitStack() as stack:
         for block in blocks:
-            stack.enter_context(_forward(block, alone(block)))
+            stack.enter_context(forward_replaced(block, alone(block)))
         yield
 
 

@@ -18,8 +18,6 @@ first one made.
 """
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import itertools
 import json
@@ -32,19 +30,14 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from ..config import DataConfig
-from ..errors import RunError, UserError
+from ..errors import UserError
 from .shards import (
-    FORMAT,
     FORMAT_VERSION,
     SHARD_TOKENS,
-    SPLITS,
     TEST,
     SplitWriter,
     is_dataset,
@@ -54,17 +47,32 @@ from .shards import (
     verify_once,
     write_manifest,
 )
-from .sources import Block, Reading, Source, find_sources
-from .tokenizers import Tokenizer, bpe_size, load_tokenizer, train_bpe
+from .sources import Reading, Source, find_sources
+from .tokenizers import bpe_size, load_tokenizer, train_bpe
+from .writing import (
+    NO_ROOM,
+    Bounds,
+    Part,
+    Tokenized,
+    cores,
+    is_there,
+    lock_path,
+    locked,
+    manifest_of,
+    no_room,
+    refusals,
+    share_of,
+    sync_folder,
+    tokenize,
+    user_path,
+)
 
 if TYPE_CHECKING:
-    from .stream import StreamConfig
+    from rich.progress import Progress
 
 BPE_SAMPLE_BYTES = 32 << 20
 """Text from which the merges of bpe:N are learnt, in bytes: the sources give equal shares, from
 their beginnings, validation documents left out."""
-
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def prepare(
@@ -91,7 +99,7 @@ def prepare(
     on Ctrl-C, nothing that looks finished is left, and what was there before
     stays as it was.
     """
-    prepared = [path for path in map(_user_path, config.data) if is_dataset(path)]
+    prepared = [path for path in map(user_path, config.data) if is_dataset(path)]
     if prepared:
         if len(config.data) > 1:
             raise UserError(
@@ -111,36 +119,28 @@ def prepare(
     if out is None:
         folder = cache_folder(config) / f"{config.tokenizer.replace(':', '')}-{key[:16]}"
     else:
-        folder = _user_path(out).resolve()
+        folder = user_path(out).resolve()
     if os.path.ismount(folder):
         raise UserError(f"{folder} is a mount point, which no folder can replace; name one inside it")
 
-    if _is_there(folder, key):
+    if is_there(folder, key):
         return folder
     with contextlib.ExitStack() as stack:
-        with _refusals(folder):
+        with refusals(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            if not stack.enter_context(_locked(_lock_path(folder), wait=False)):
+            if not stack.enter_context(locked(lock_path(folder), wait=False)):
                 if progress:
                     print(f"another process is preparing {folder}, waiting for it", file=sys.stderr)
-                stack.enter_context(_locked(_lock_path(folder)))
-        if not _is_there(folder, key):  # nobody made it while we waited
+                stack.enter_context(locked(lock_path(folder)))
+        if not is_there(folder, key):  # nobody made it while we waited
             _sweep(folder, everything=out is None)
-            _build(config, sources, key, folder, workers or _cores(), progress, shard_tokens)
+            _build(config, sources, key, folder, workers or cores(), progress, shard_tokens)
     return folder
 
 
 def cache_folder(config: DataConfig) -> Path:
     """Where prepared folders are kept: ``cache_dir``, else $DEPTHMIX_CACHE, else ~/.cache/depthmix."""
-    return _user_path(config.cache_dir or os.environ.get("DEPTHMIX_CACHE") or "~/.cache/depthmix").absolute()
-
-
-def _user_path(path: str | Path) -> Path:
-    return Path(path).expanduser()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return user_path(config.cache_dir or os.environ.get("DEPTHMIX_CACHE") or "~/.cache/depthmix").absolute()
 
 
 def _key(config: DataConfig, sources: list[Source], shard_tokens: int) -> str:
@@ -157,44 +157,7 @@ def _key(config: DataConfig, sources: list[Source], shard_tokens: int) -> str:
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
-def _is_there(folder: Path, key: str) -> bool:
-    """Whether the wanted dataset is in ``folder``, verified. Refuses a folder with anything else."""
-    if is_dataset(folder):
-        manifest = read_manifest(folder)
-        if manifest["key"] != key:
-            raise UserError(
-                f"{folder} holds a dataset made from other files or settings (or the files changed since); "
-                f"choose another --out, or remove it first"
-            )
-        verify_once(folder, manifest)
-        return True
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(
-            f"{folder} exists and is not a prepared dataset; nothing in it was touched, choose another --out"
-        )
-    return False
-
-
 # ---- building -----------------------------------------------------------------------------------
-
-
-@dataclass
-class _Split:
-    tokens: np.ndarray
-    documents: int
-    text_bytes: int
-
-
-@dataclass
-class _Tokenized:
-    """One block's documents, tokenized."""
-
-    train: _Split
-    val: _Split
-    test: _Split
-    lowest: float
-    highest: float
-    """Smallest and largest share (see :func:`_share`) among the documents."""
 
 
 @dataclass
@@ -237,14 +200,14 @@ def _build(
                 shutil.rmtree(building)
             write_manifest(building, {**manifest, "key": key})
             mark_verified(building, manifest)
-            _sync_folder(building)
+            sync_folder(building)
             os.rename(building, folder)
-            _sync_folder(folder.parent)
+            sync_folder(folder.parent)
         except BaseException as error:
             written = sum(file.stat().st_size for file in building.glob("*.bin"))
             shutil.rmtree(building, ignore_errors=True)
             if isinstance(error, OSError) and error.errno in NO_ROOM:
-                raise _no_room(error, folder, written, report.share()) from error
+                raise no_room(error, folder, written, report.share()) from error
             raise
 
 
@@ -253,7 +216,7 @@ def _write(
     sources: list[Source],
     building: Path,
     workers: int,
-    bounds: "Bounds",
+    bounds: Bounds,
     shard_tokens: int,
     report: "_Report",
 ) -> tuple[dict, _Seen]:
@@ -273,13 +236,13 @@ def _write(
     readings = [Reading() for _ in sources]
     seen = _Seen()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="depthmix-tokenize")
-    waiting: deque[tuple[int, Future]] = deque()
+    waiting: deque[tuple[int, Future[Tokenized]]] = deque()
 
-    def write_oldest():
+    def write_oldest() -> None:
         place, future = waiting.popleft()
-        done: _Tokenized = future.result()
+        done = future.result()
         for split, writer in writers.items():
-            part: _Split = getattr(done, split)
+            part: Part = getattr(done, split)
             writer.write(part.tokens, part.documents, part.text_bytes)
             documents[place] += part.documents
         seen.lowest, seen.highest = min(seen.lowest, done.lowest), max(seen.highest, done.highest)
@@ -289,7 +252,7 @@ def _write(
         before = 0
         for place, source in enumerate(sources):
             for block in source.blocks(readings[place]):
-                waiting.append((place, pool.submit(_tokenize, block, tokenizer, bounds)))
+                waiting.append((place, pool.submit(tokenize, block, tokenizer, bounds)))
                 report.read(before + readings[place].bytes)
                 if len(waiting) > workers + 2:
                     write_oldest()
@@ -309,76 +272,14 @@ def _write(
         )
     records = [source.record(reading) for source, reading in zip(sources, readings, strict=True)]
     sources_read = [{**r, "documents": n} for r, n in zip(records, documents, strict=True)]
-    manifest = manifest_of(tokenizer, config, writers, sources_read)
+    manifest = manifest_of(
+        tokenizer,
+        writers,
+        sources_read,
+        val_fraction=config.val_fraction,
+        test_fraction=config.test_fraction,
+    )
     return manifest, seen
-
-
-def manifest_of(
-    tokenizer: Tokenizer,
-    config: "DataConfig | StreamConfig",
-    writers: dict[str, SplitWriter],
-    sources: list[dict],
-) -> dict:
-    """What a folder's manifest says but for its key."""
-    fractions = {"val_fraction": config.val_fraction}
-    if config.test_fraction:
-        fractions["test_fraction"] = config.test_fraction
-    return {
-        "format": FORMAT,
-        "version": FORMAT_VERSION,
-        "depthmix": _version(),
-        "dtype": tokenizer.dtype.str,
-        **fractions,
-        "splits": {split: writer.entry() for split, writer in writers.items()},
-        "sources": sources,
-        "tokenizer": tokenizer.to_dict(),
-    }
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """Where the shares of documents (:func:`_share`) are cut."""
-
-    val: float
-    """Documents below it are held out for validation."""
-    test: float = 1.0
-    """Documents from it on are held out for the test."""
-
-    def split(self, share: float) -> str:
-        """Name of the split of a document."""
-        return "val" if share < self.val else TEST if share >= self.test else "train"
-
-
-def _tokenize(block: Block, tokenizer: Tokenizer, bounds: Bounds) -> _Tokenized:
-    """Runs in a thread: decode, choose the split, tokenize, add the end tokens."""
-    end = np.array([tokenizer.end_token], tokenizer.dtype)
-    splits = (*SPLITS, TEST)
-    arrays: dict[str, list[np.ndarray]] = {split: [] for split in splits}
-    counts, sizes = dict.fromkeys(splits, 0), dict.fromkeys(splits, 0)
-    lowest, highest = math.inf, -math.inf
-    for raw, text in block.documents():
-        share = _share(raw)
-        split = bounds.split(share)
-        arrays[split] += (tokenizer.encode_array(text), end)
-        counts[split] += 1
-        sizes[split] += len(raw)
-        lowest, highest = min(lowest, share), max(highest, share)
-    parts = {
-        split: _Split(
-            np.concatenate(found, dtype=tokenizer.dtype, casting="unsafe")
-            if found
-            else np.empty(0, tokenizer.dtype),
-            counts[split],
-            sizes[split],
-        )
-        for split, found in arrays.items()
-    }
-    return _Tokenized(**parts, lowest=lowest, highest=highest)
-
-
-def _share(raw: bytes) -> float:
-    """A document's place in [0, 1), by its content."""
-    return int.from_bytes(hashlib.blake2b(raw, digest_size=6).digest(), "big") / (1 << 48)
 
 
 def _moved_threshold(seen: _Seen, counts: dict[str, int]) -> float:
@@ -401,18 +302,11 @@ def _sample(sources: list[Source], bounds: Bounds) -> Iterator[str]:
         for raw, text in documents:
             if share <= 0:
                 break
-            if bounds.split(_share(raw)) != "train":
+            if bounds.split(share_of(raw)) != "train":
                 continue
             share -= len(raw)
             left -= len(raw)
             yield text
-
-
-def _version() -> str:
-    try:
-        return metadata.version("depthmix")
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 # ---- the folder's place -------------------------------------------------------------------------
@@ -422,86 +316,13 @@ def _building_path(folder: Path) -> Path:
     return folder.parent / f".{folder.name}.building"
 
 
-def _lock_path(folder: Path) -> Path:
-    return folder.parent / f".{folder.name}.lock"
-
-
-@contextlib.contextmanager
-def _locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock file ``path``; yields False if another process does and ``wait`` is false.
-
-    The kernel lets go of the lock when its holder dies, however it dies. The
-    file is removed while it is held, so whoever gets the lock checks that it
-    is still the file of that name.
-    """
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            current = os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(handle))
-        except BlockingIOError:
-            os.close(handle)
-            yield False
-            return
-        except FileNotFoundError:  # removed between the two looks
-            current = False
-        except BaseException:
-            os.close(handle)
-            raise
-        if current:
-            break
-        os.close(handle)
-    try:
-        yield True
-    finally:
-        os.unlink(path)
-        os.close(handle)
-
-
 def _sweep(folder: Path, everything: bool) -> None:
     """Remove what builders that were killed left behind: of ``folder``, or of all beside it too."""
     shutil.rmtree(_building_path(folder), ignore_errors=True)
     for stale in folder.parent.glob(".*.building") if everything else ():
-        with _locked(stale.with_suffix(".lock"), wait=False) as alone:
+        with locked(stale.with_suffix(".lock"), wait=False) as alone:
             if alone:
                 shutil.rmtree(stale, ignore_errors=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def _refusals(folder: Path) -> Iterator[None]:
-    """Say that ``folder`` cannot be made and what to do, when the system refuses."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in NO_ROOM:
-            raise _no_room(error, folder, 0, 0.0) from error
-        raise UserError(
-            f"cannot write the dataset to {folder} ({error.strerror}: {error.filename}); "
-            f"choose a folder you can write to with --out, or set DEPTHMIX_CACHE"
-        ) from error
-
-
-def _no_room(error: OSError, folder: Path, written: int, share: float) -> RunError:
-    needed = (
-        f"about {written / share / 1e6:.0f} MB are needed" if share > 0.01 and written else "more is needed"
-    )
-    try:
-        free = f"{shutil.disk_usage(folder.parent).free / 1e6:.0f} MB are free in {folder.parent} now"
-    except OSError:
-        free = f"{folder.parent} is full"
-    return RunError(
-        f"no room to write {folder} ({error.strerror} after {written / 1e6:.1f} MB): {needed}, {free}. "
-        f"Free some or choose another place with --out or DEPTHMIX_CACHE. "
-        f"The unfinished part was removed, nothing else was touched."
-    )
 
 
 # ---- progress -----------------------------------------------------------------------------------
@@ -532,21 +353,21 @@ class _Report:
 class _Bar(_Report):
     """Draws a bar by bytes of the sources, with tokens and tokens a second."""
 
-    def __init__(self, total_bytes: int, display):
+    def __init__(self, total_bytes: int, display: "Progress"):
         super().__init__(total_bytes)
         self._display = display
         self._task = display.add_task("reading", total=total_bytes, speed="")
 
-    def describe(self, what):
+    def describe(self, what: str) -> None:
         super().describe(what)
         self._display.reset(self._task, description=what, speed="")
         self._began = time.monotonic()
 
-    def read(self, count):
+    def read(self, count: int) -> None:
         super().read(count)
         self._display.update(self._task, completed=min(count, self.total_bytes))
 
-    def tokens(self, count):
+    def tokens(self, count: int) -> None:
         rate = count / max(1e-9, time.monotonic() - self._began)
         self._display.update(self._task, speed=f"{count / 1e6:.1f} M tokens, {rate / 1e6:.2f} M/s")
 

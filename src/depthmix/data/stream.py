@@ -35,25 +35,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from ..config import check_held_out
 from ..errors import Interrupted, RunError, UserError
-from .build import (
-    NO_ROOM,
-    Bounds,
-    _cores,
-    _is_there,
-    _lock_path,
-    _locked,
-    _refusals,
-    _sync_folder,
-    _tokenize,
-    _Tokenized,
-    _user_path,
-    manifest_of,
-)
 from .shards import (
     FORMAT_VERSION,
     SHARD_TOKENS,
@@ -69,6 +57,24 @@ from .shards import (
 )
 from .sources import BLOCK_BYTES, RowBlock, _no_field
 from .tokenizers import Tokenizer, bpe_size, load_tokenizer
+from .writing import (
+    NO_ROOM,
+    Bounds,
+    Tokenized,
+    cores,
+    is_there,
+    lock_path,
+    locked,
+    manifest_of,
+    refusals,
+    sync_folder,
+    tokenize,
+    user_path,
+)
+
+if TYPE_CHECKING:
+    from datasets import DatasetBuilder, IterableDataset
+    from rich.progress import Progress
 
 FINEWEB = "HuggingFaceFW/fineweb"
 SUBSET = "sample-10BT"
@@ -101,7 +107,7 @@ class StreamConfig:
     test_fraction: float = 0.0
     """Share of the documents held out for a last test; 0: none."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.tokens < 1:
             raise UserError(f"tokens must be at least 1, got {self.tokens}")
         check_held_out(self.val_fraction, self.test_fraction)
@@ -130,25 +136,25 @@ def prepare_stream(
     """
     if workers is not None and workers < 1:
         raise UserError(f"workers must be at least 1, got {workers}")
-    folder = _user_path(out).resolve()
+    folder = user_path(out).resolve()
     if os.path.ismount(folder):
         raise UserError(f"{folder} is a mount point, which no folder can replace; name one inside it")
     tokenizer = load_tokenizer(config.tokenizer)
     sources = _named(config.source)
     settings = _key(config, sources, shard_tokens)
-    if _is_there(folder, _final_key(settings, sources)):
+    if is_there(folder, _final_key(settings, sources)):
         return folder
     with contextlib.ExitStack() as stack:
-        with _refusals(folder):
+        with refusals(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            if not stack.enter_context(_locked(_lock_path(folder), wait=False)):
+            if not stack.enter_context(locked(lock_path(folder), wait=False)):
                 raise UserError(f"another process is making {folder}; wait for it or choose another --out")
         partial = folder.parent / f".{folder.name}.partial"
         if restart:
             shutil.rmtree(partial, ignore_errors=True)
         work = _Work(config, partial, folder, settings, sources, tokenizer, shard_tokens)
         try:
-            work.run(workers or _cores(), progress)
+            work.run(workers or cores(), progress)
         except UserError:
             if not work.state["places"]:  # nothing was read yet
                 shutil.rmtree(partial, ignore_errors=True)
@@ -186,7 +192,7 @@ def _named(source: tuple[str, ...]) -> _Named:
         raise UserError(f"no source named; the default is {FINEWEB}")
     files: list[str] = []
     for given in source:
-        path = _user_path(given)
+        path = user_path(given)
         if _is_address(given):
             found = [given]
         elif path.is_file():
@@ -214,13 +220,13 @@ def _named(source: tuple[str, ...]) -> _Named:
 class _Stream:
     """An opened stream of texts."""
 
-    data: object
-    """``datasets.IterableDataset``, a shard of it a file."""
+    data: "IterableDataset"
+    """A shard of it is a file."""
     files: tuple[str, ...]
     revision: str | None
     """Commit of the hub."""
-    builder: object
-    """``datasets.DatasetBuilder`` that made ``data``."""
+    builder: "DatasetBuilder"
+    """What made ``data``."""
 
     def texts(self, file: int, row: int) -> Iterator[list[str | None]]:
         """Texts of one file from ``row`` on, some at a time. Row groups that end before it are not read."""
@@ -257,7 +263,7 @@ class _Stream:
         return [*itertools.accumulate(sizes, initial=0)]
 
 
-def _import_datasets():
+def _import_datasets() -> ModuleType:
     try:
         import datasets
     except ImportError as error:
@@ -274,7 +280,7 @@ def _open(config: StreamConfig, named: _Named, revision: str | None) -> _Stream:
 
     field = config.text_field
 
-    def load(**options):
+    def load(**options: Any) -> "tuple[DatasetBuilder, IterableDataset]":
         if named.files:
             builder = datasets.load_dataset_builder("parquet", data_files=list(named.files), **options)
         else:
@@ -356,10 +362,14 @@ class _Place:
     row: int
 
 
+_Read = tuple[RowBlock, int, _Place]
+"""A block, the number of its file, and the place behind it."""
+
+
 def _blocks(
     stream: _Stream, start: _Place, wait: Callable[[float], bool], tell: Callable[[str], None]
-) -> Iterator[tuple[RowBlock, int, _Place]]:
-    """Blocks of about 1 MiB, the number of their file, and the place behind them.
+) -> Iterator[_Read]:
+    """Blocks of about 1 MiB.
 
     ``wait(seconds)`` is true when nobody wants more; ``tell`` is given notes for the user.
     """
@@ -398,15 +408,15 @@ def _blocks(
 class _Ahead:
     """Reads blocks in a thread of its own, a few ahead of their use."""
 
-    def __init__(self, blocks: Iterator, stopped: threading.Event):
-        self._queue: queue.Queue = queue.Queue(maxsize=4)
+    def __init__(self, blocks: Iterator[_Read], stopped: threading.Event):
+        self._queue: queue.Queue[_Read | BaseException | None] = queue.Queue(maxsize=4)
         self._stopped = stopped
         self._thread = threading.Thread(
             target=self._read, args=(blocks,), name="depthmix-stream", daemon=True
         )
         self._thread.start()
 
-    def _read(self, blocks) -> None:
+    def _read(self, blocks: Iterator[_Read]) -> None:
         try:
             for block in blocks:
                 if not self._put(block):
@@ -415,14 +425,14 @@ class _Ahead:
         except BaseException as error:
             self._put(error)
 
-    def _put(self, item) -> bool:
+    def _put(self, item: _Read | BaseException | None) -> bool:
         while not self._stopped.is_set():
             with contextlib.suppress(queue.Full):
                 self._queue.put(item, timeout=0.1)
                 return True
         return False
 
-    def take(self, timeout: float):
+    def take(self, timeout: float) -> _Read | None:
         """The next block, None at the end; raises what reading raised, ``queue.Empty`` after ``timeout`` seconds."""
         item = self._queue.get(timeout=timeout)
         if isinstance(item, BaseException):
@@ -496,7 +506,7 @@ class _Work:
             self._write(workers, progress)
             self._finish()
         os.rename(self.partial, self.folder)
-        _sync_folder(self.folder.parent)
+        sync_folder(self.folder.parent)
 
     def no_room(self, error: OSError) -> RunError:
         written = sum(split["tokens"] for split in self.state["splits"].values())
@@ -559,7 +569,7 @@ class _Work:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, self.partial / "state.json")
-        _sync_folder(self.partial)
+        sync_folder(self.partial)
 
     # ---- reading and writing
 
@@ -601,7 +611,14 @@ class _Work:
                 with contextlib.suppress(OSError):
                     writer.close(sync=False)
 
-    def _copy(self, stream: _Stream, writers, workers: int, report: "_Progress", received: list) -> None:
+    def _copy(
+        self,
+        stream: _Stream,
+        writers: dict[str, SplitWriter],
+        workers: int,
+        report: "_Progress",
+        received: list[str],
+    ) -> None:
         """From the stream into the writers, until there is no more or enough."""
         place = _Place(*self.state["place"])
         limit = self.config.tokens
@@ -609,14 +626,15 @@ class _Work:
         stopped = threading.Event()
         ahead = _Ahead(_blocks(stream, place, stopped.wait, report.tell), stopped)
         pool = ThreadPoolExecutor(workers, thread_name_prefix="depthmix-tokenize")
-        waiting: deque[tuple[RowBlock, int, _Place, Future]] = deque()
+        waiting: deque[tuple[RowBlock, int, _Place, Future[Tokenized]]] = deque()
+        item: _Read | tuple[()] | None
         committed, shards = time.monotonic(), len(writers["train"].shards)
         failed: BaseException | None = None
 
         def written() -> int:
             return sum(writer.tokens for writer in writers.values())
 
-        def put(done: _Tokenized, file: int) -> None:
+        def put(done: Tokenized, file: int) -> None:
             for split, writer in writers.items():
                 part = getattr(done, split)
                 writer.write(part.tokens, part.documents, part.text_bytes)
@@ -625,12 +643,12 @@ class _Work:
 
         def write_oldest() -> _Place:
             block, file, behind, future = waiting.popleft()
-            done: _Tokenized = future.result()
+            done = future.result()
             if written() + sum(len(getattr(done, split).tokens) for split in writers) < limit:
                 put(done, file)
             else:
                 for _, text in block.documents():
-                    put(_tokenize(RowBlock([text]), self.tokenizer, bounds), file)
+                    put(tokenize(RowBlock([text]), self.tokenizer, bounds), file)
                     if written() >= limit:
                         break
             return behind
@@ -651,7 +669,7 @@ class _Work:
                         more = False
                     elif item:
                         block, file, behind = item
-                        future = pool.submit(_tokenize, block, self.tokenizer, bounds)
+                        future = pool.submit(tokenize, block, self.tokenizer, bounds)
                         waiting.append((block, file, behind, future))
                         continue
                 if not waiting:
@@ -705,7 +723,13 @@ class _Work:
             {"path": name, "documents": documents, "bytes": size}
             for name, (documents, size) in zip(state["files"], state["places"], strict=True)
         ]
-        manifest = manifest_of(self.tokenizer, self.config, writers, sources)
+        manifest = manifest_of(
+            self.tokenizer,
+            writers,
+            sources,
+            val_fraction=self.config.val_fraction,
+            test_fraction=self.config.test_fraction,
+        )
         manifest["stream"] = {
             "source": self.named.dataset or None,
             "subset": None if self.named.files else self.config.subset,
@@ -720,7 +744,7 @@ class _Work:
         write_manifest(self.partial, manifest)
         mark_verified(self.partial, manifest)
         (self.partial / "state.json").unlink()
-        _sync_folder(self.partial)
+        sync_folder(self.partial)
 
     def _count(self, split: str, entry: dict) -> None:
         """Tokens and end tokens on the disk are as many as were counted while writing."""
@@ -761,9 +785,10 @@ class _Progress:
     LINE_SECONDS = 60.0
 
     def __init__(self, total: int, wanted: bool):
-        self.total, self.wanted, self._display = total, wanted, None
+        self.total, self.wanted = total, wanted
+        self._display: Progress | None = None
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         if self.wanted and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -780,7 +805,7 @@ class _Progress:
             self._task = self._display.add_task("", total=self.total, text="")
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         if self._display is not None:
             self._display.stop()
 

@@ -1,8 +1,9 @@
 """What a network does in depth: the paper's figures and more, from any checkpoint.
 
 ``capture.py`` gives activations by name, ``subject.py`` says what is needed of a model (``huggingface.py``: of one
-of transformers), ``measures.py`` has the statistics of one pass over the texts, ``passes.py`` what takes passes of its
-own, ``run.py`` puts them together into the :class:`~depthmix.diagnostics.arrays.Diagnosis` that reports are drawn from.
+of transformers, ``adapted.py``: of one that :func:`depthmix.adapt` made; ``opening.py`` reads either),
+``measures.py`` has the statistics of one pass over the texts, ``passes.py`` what takes passes of its own, ``run.py``
+puts them together into the :class:`~depthmix.diagnostics.arrays.Diagnosis` that reports are drawn from.
 
 Axes of the arrays, all from 0, for L blocks and n streams:
 

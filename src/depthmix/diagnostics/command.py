@@ -147,11 +147,11 @@ def _opened(path: Path, args: Diagnose, device) -> "tuple[Subject, Tensor, str]"
     source = ", ".join(args.data)
     subject: Subject
     if is_huggingface(path):
-        from .huggingface import HuggingFaceSubject
+        from .opening import open_huggingface
 
         if not args.data:
             raise UserError("a model of Hugging Face comes without text; give --data")
-        foreign = HuggingFaceSubject.load(path, device)
+        foreign = open_huggingface(path, device)
         length = min(args.length, foreign.max_length)
         subject, texts = foreign, foreign.windows(args.data, args.text_field, length, tokens)
     else:

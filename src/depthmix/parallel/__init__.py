@@ -9,6 +9,7 @@
 ``shape``          dimensions of models that are priced and not built
 ``hardware``       rates of devices and links, measured or assumed
 ``cost``           seconds and bytes of a step by formula, and the best plan
+``pieces``         boxes of tensors, as a process holds them and as files hold them
 ``checkpoint``     checkpoints that all write together, in the background, and that any number reads
 =================  ================================================================================================
 """

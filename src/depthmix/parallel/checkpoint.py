@@ -1,7 +1,7 @@
 """Checkpoints that all processes of a run write together, in the background, and that any number reads.
 
-Every process writes pieces: boxes of whole tensors, as ``torch.distributed.checkpoint`` plans them, in
-safetensors files that say where each box begins. A box that several processes hold (a replicated tensor,
+Every process writes pieces (:mod:`.pieces`): boxes of whole tensors, as ``torch.distributed.checkpoint`` plans
+them, in safetensors files that say where each box begins. A box that several processes hold (a replicated tensor,
 a weight on two pipeline stages) is written by one of them, and the work is balanced by bytes. Loading
 asks for other boxes of the same tensors, so a checkpoint fits any number of processes and any placement.
 
@@ -20,11 +20,9 @@ their order, and training's are in another.
 
 import contextlib
 import json
-import math
 import re
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -36,111 +34,26 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import (
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor.placement_types import _StridedShard
 from torch.futures import Future
 
 from .. import checkpoint as files
-from ..checkpoint import FORMAT, SHARDED, Kinds
+from ..checkpoint import FORMAT, SHARDED, Kinds, kinds_of
 from ..errors import RunError, UserError
+from .pieces import Piece, Reader, fill_pieces, pieces_of, stored
 
 PARTS = ("model", "optimizer")
 
 T = TypeVar("T")
-
-
-# --- pieces ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Piece:
-    """The box of a whole tensor that this process holds."""
-
-    tensor: Tensor
-    """The live values, of the box's shape."""
-    offsets: tuple[int, ...]
-    """Where the box begins in the whole tensor, for each dimension."""
-    shape: tuple[int, ...]
-    """Of the whole tensor."""
-
-    @property
-    def box(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return self.offsets, tuple(self.tensor.shape)
-
-    @property
-    def chunk(self) -> ChunkStorageMetadata:
-        return ChunkStorageMetadata(torch.Size(self.offsets), self.tensor.shape)
-
-
-def piece_of(name: str, tensor: Tensor) -> Piece | None:
-    """What this process holds of ``tensor``; None when it holds nothing of it.
-
-    Raises ``ValueError`` for a placement whose local values are no box of the whole tensor.
-    """
-    if not isinstance(tensor, DTensor):
-        return Piece(tensor.detach(), (0,) * tensor.ndim, tuple(tensor.shape))
-    if tensor.device_mesh.get_coordinate() is None:
-        return None
-    shape, local = tuple(tensor.shape), tensor.to_local().detach()
-    offsets, size = _box(name, tensor)
-    if local.numel() == math.prod(size) == 0 < math.prod(shape):
-        return None  # an empty share of an uneven split
-    if tuple(local.shape) != size:
-        raise ValueError(
-            f"{name} {list(shape)}, placed {tensor.placements}, is {list(local.shape)} here, not {list(size)}"
-        )
-    return Piece(local, offsets, shape)
-
-
-def _box(name: str, tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Where the local values begin in the whole tensor, and their shape.
-
-    Several dimensions of the mesh may split one dimension of the tensor: from left to right, save that FSDP2
-    splits what tensor parallelism, to its right, has left it, and says so by a strided placement. Either way
-    a split is ``torch.chunk``'s, of a box into boxes. What torch's own formula makes of such a placement is
-    another thing where the splits are uneven, and not where FSDP2 has put the values.
-    """
-    mesh, coordinate = tensor.device_mesh, tensor.device_mesh.get_coordinate()
-    placements = {i: found for i, found in enumerate(tensor.placements) if not found.is_replicate()}
-    strided = {i: found for i, found in placements.items() if isinstance(found, _StridedShard)}
-    plain = {i: found for i, found in placements.items() if i not in strided}
-    for i, found in placements.items():
-        if i in strided:
-            others = {j: mesh.size(j) for j in placements if j != i and placements[j].dim == found.dim}
-            usual = found.split_factor == math.prod(others.values()) and all(
-                j in plain and j > i for j in others
-            )
-        else:
-            usual = isinstance(found, Shard)
-        if not usual:
-            raise ValueError(f"{name} is placed {tensor.placements}, which no checkpoint can hold")
-    offsets, size = [0] * tensor.ndim, list(tensor.shape)
-    for i, found in (plain | strided).items():
-        chunk = -(-size[found.dim] // mesh.size(i))
-        begin = min(size[found.dim], chunk * coordinate[i])
-        offsets[found.dim] += begin
-        size[found.dim] = min(size[found.dim] - begin, chunk)
-    return tuple(offsets), tuple(size)
-
-
-def _pieces(tensors: dict[str, Tensor]) -> dict[str, Piece]:
-    found = {name: piece_of(name, tensor) for name, tensor in tensors.items()}
-    return {name: piece for name, piece in found.items() if piece is not None}
-
-
-def _kinds(tensors: dict[str, Tensor]) -> Kinds:
-    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 # --- processes that agree -------------------------------------------------------------------------
@@ -162,32 +75,35 @@ def _together(group: dist.ProcessGroup | None, function: Callable[[], T]) -> lis
     When it raises in any, all raise: a ``UserError`` or ``RunError`` as it is, the first one; for other
     exceptions a ``_Failed`` that names the ranks.
     """
-    value, error = None, None
+    values: list[T] = []
+    error: UserError | RunError | str | None = None
     try:
-        value = function()
+        values = [function()]
     except (UserError, RunError) as stated:
         error = stated
     except Exception as unforeseen:
         error = _reason(unforeseen)
-    outcomes = [(value, error)]
+    outcomes = [(values, error)]
     if group is not None:
         outcomes *= dist.get_world_size(group)
         try:
-            dist.all_gather_object(outcomes, (value, error), group=group)
+            dist.all_gather_object(outcomes, (values, error), group=group)
         except RuntimeError as lost:
             raise _Lost(group, lost) from lost
-    errors = {rank: found for rank, (_, found) in enumerate(outcomes) if found is not None}
-    for found in errors.values():
+    failures: dict[int, str] = {}
+    for rank, (_, found) in enumerate(outcomes):
         if isinstance(found, Exception):
             raise found
-    _raise_failures(errors, len(outcomes))
-    return [found for found, _ in outcomes]
+        if found is not None:
+            failures[rank] = found
+    _raise_failures(failures, len(outcomes))
+    return [value for values, _ in outcomes for value in values]
 
 
 class _Lost(_Failed):
     """Another process does not answer: what this one saw of it."""
 
-    def __init__(self, group: dist.ProcessGroup, error: RuntimeError):
+    def __init__(self, group: dist.ProcessGroup | None, error: RuntimeError):
         # Gloo wraps its sentence in a source line and in advice on reporting it.
         said = re.sub(r"^(\[[^\]]*\]\s*)+|\. This is typically.*", "", str(error).splitlines()[0])
         super().__init__(f"rank {dist.get_rank(group)} lost another, which died or took too long ({said})")
@@ -268,17 +184,18 @@ class _Writer(HuggingFaceStorageWriter):
         self.written: dict[str, dict] = {}
         """In process 0, at the end: every process's files, with size and SHA-256."""
 
-    def write_data(self, plan: SavePlan, planner: _SavePlanner) -> Future[list[WriteResult]]:
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results = []
         if plan.items:
             path = Path(self.path, f"shard-{plan.storage_data['shard_index']:05d}.safetensors")
             offsets = {
                 item.index.fqn: {SAVED_OFFSETS_KEY: list(item.tensor_data.chunk.offsets)}
                 for item in plan.items
+                if item.tensor_data is not None
             }
             files.write_tensors(
                 path,
-                {item.index.fqn: planner.resolve_data(item) for item in plan.items},
+                {item.index.fqn: _tensor_of(item, planner) for item in plan.items},
                 {CUSTOM_METADATA_KEY: json.dumps(offsets), "format": "pt"},
             )
             entry = files.entry(path)
@@ -289,6 +206,12 @@ class _Writer(HuggingFaceStorageWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         self.written = dict(result.storage_data for written in results for result in written)
+
+
+def _tensor_of(item: WriteItem, planner: SavePlanner) -> Tensor:
+    found = planner.resolve_data(item)
+    assert isinstance(found, Tensor)  # all that _SavePlanner plans
+    return found
 
 
 def _owned(pieces: list[dict], rank: int) -> set[tuple[str, str]]:
@@ -424,7 +347,7 @@ class ShardedCheckpoints:
 
     @staticmethod
     def _held(live: dict[str, dict[str, Tensor]]) -> dict[tuple[str, str], Piece]:
-        return {(part, name): piece for part, held in live.items() for name, piece in _pieces(held).items()}
+        return {(part, name): piece for part, held in live.items() for name, piece in pieces_of(held).items()}
 
     @staticmethod
     def _describe(held: dict[tuple[str, str], Piece]) -> dict[tuple[str, str], tuple]:
@@ -498,7 +421,7 @@ class ShardedCheckpoints:
         try:
             hidden = _together(self._group, begin)[0]
             if hidden is not None:
-                written = {}
+                written: dict[str, dict] = {}
                 for part in PARTS:
                     written |= self._write_part(part, self.folder / hidden)
                 _together(self._group, lambda: self._commit(beside, step, state, written))
@@ -531,6 +454,7 @@ class ShardedCheckpoints:
     def _commit(self, beside: Path | None, step: int, state: str | None, written: dict[str, dict]) -> None:
         if self._rank != 0:
             return
+        assert beside is not None and state is not None  # process 0 has both
         for name, entry in written.items():
             if not (beside / name).exists() or (beside / name).stat().st_size != entry["bytes"]:
                 raise ValueError(
@@ -580,71 +504,8 @@ def _newest(group: dist.ProcessGroup | None, folder: Path) -> Path | None:
     return None if name is None else folder / name
 
 
-class _Only(FileSystem):
-    """A file system that lists the given files: what else lies beside them is not read."""
-
-    def __init__(self, paths: list[Path]):
-        self.paths = paths
-
-    def ls(self, path) -> list[str]:
-        return [str(file) for file in self.paths]
-
-
-class _Reader(HuggingFaceStorageReader):
-    """Reads one part of a checkpoint, in pieces or in one file."""
-
-    def __init__(self, checkpoint: Path, part: str):
-        super().__init__(str(checkpoint))
-        self.fs = _Only([checkpoint / name for name in files.files_of(checkpoint, part)])
-
-
-class _LoadPlanner(dcp.DefaultLoadPlanner):
-    """Plans the reading of a dictionary of :class:`Piece`."""
-
-    def set_up_planner(self, state_dict, metadata=None, is_coordinator=False) -> None:
-        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
-
-    def create_local_plan(self) -> LoadPlan:
-        items = []
-        for name, piece in self.state_dict.items():
-            found = create_read_items_for_chunk_list(
-                name, self.metadata.state_dict_metadata[name], [piece.chunk]
-            )
-            if sum(math.prod(item.lengths) for item in found) != piece.tensor.numel():
-                raise ValueError(f"{name}: the files do not hold all of it")
-            items += found
-        return LoadPlan(items)
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self.state_dict[index.fqn].tensor
-
-
 def _saved_kinds(metadata: Metadata) -> Kinds:
-    return {
-        name: (found.properties.dtype, tuple(found.size))
-        for name, found in metadata.state_dict_metadata.items()
-    }
-
-
-@torch.no_grad()
-def _fill(reader: _Reader, metadata: Metadata, pieces: dict[str, Piece]) -> None:
-    """Copy what the checkpoint holds into ``pieces``. A process reads for itself: nothing is coordinated."""
-    planner = _LoadPlanner()
-    planner.set_up_planner(pieces, metadata, True)
-    reader.set_up_storage_reader(metadata, True)
-    reader.read_data(reader.prepare_local_plan(planner.create_local_plan()), planner).wait()
-
-
-def whole_tensors(checkpoint: Path, part: str) -> dict[str, Tensor]:
-    """All tensors of ``part``, whole, on the CPU; for one process. Hashes were verified before."""
-    reader = _Reader(checkpoint, part)
-    metadata = reader.read_metadata()
-    tensors = {
-        name: torch.empty(shape, dtype=dtype)
-        for name, (dtype, shape) in sorted(_saved_kinds(metadata).items())
-    }
-    _fill(reader, metadata, _pieces(tensors))
-    return tensors
+    return {name: (found.properties.dtype, tuple(found.size)) for name, found in stored(metadata).items()}
 
 
 def load_into(checkpoint: Path, weights: dict[str, Tensor], optimizer: dict[str, Tensor]) -> dict:
@@ -673,7 +534,7 @@ def _load_together(
     rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     _together(group, lambda: files.check_is_folder(checkpoint))
     needed: dict[str, Kinds] = {part: {} for part in PARTS}
-    for kinds in _together(group, lambda: {part: _kinds(tensors) for part, tensors in live.items()}):
+    for kinds in _together(group, lambda: {part: kinds_of(tensors) for part, tensors in live.items()}):
         for part in PARTS:
             needed[part] |= kinds[part]
     parts = PARTS if needed["optimizer"] else PARTS[:1]
@@ -683,18 +544,20 @@ def _load_together(
         if (wrong := files.problem(checkpoint, share)) is not None:
             raise files.damaged(checkpoint, wrong)
 
+    readers: dict[str, Reader] = {}
+    metadata: dict[str, Metadata] = {}
+
     def fit() -> dict:
         for part in parts:
-            readers[part] = _Reader(checkpoint, part)
+            readers[part] = Reader(checkpoint, files.files_of(checkpoint, part))
             metadata[part] = readers[part].read_metadata()
             files.check_fit(needed[part], _saved_kinds(metadata[part]), files.place(checkpoint, part))
         return files.read_state(checkpoint)
 
     def fill() -> None:
         for part in parts:
-            _fill(readers[part], metadata[part], _pieces(live[part]))
+            fill_pieces(readers[part], metadata[part], pieces_of(live[part]))
 
-    readers, metadata = {}, {}
     _together(group, verify)
     state = _together(group, fit)[0]
     _together(group, fill)
@@ -703,7 +566,8 @@ def _load_together(
 
 def _shares(sizes: dict[str, int], ranks: int) -> list[list[str]]:
     """Names for each of ``ranks`` processes, about as many bytes for each."""
-    shares, load = [[] for _ in range(ranks)], [0] * ranks
+    shares: list[list[str]] = [[] for _ in range(ranks)]
+    load = [0] * ranks
     for name, size in sorted(sizes.items(), key=lambda found: (-found[1], found[0])):
         rank = load.index(min(load))
         shares[rank].append(name)

@@ -10,8 +10,9 @@ pytest.importorskip("transformers")
 from families import LAYERS, PARALLEL, TEXT, build, build_tokenizer, moved
 
 from depthmix import MixingMap, adapt, cli, mixing_error, mixing_map
-from depthmix.adapters.subject import AdaptedSubject
+from depthmix.diagnostics.adapted import AdaptedSubject
 from depthmix.diagnostics.huggingface import HuggingFaceSubject
+from depthmix.diagnostics.opening import open_huggingface
 from depthmix.diagnostics.run import Extent, diagnose
 from depthmix.errors import UserError
 
@@ -36,7 +37,7 @@ def near(a, b, times=1.0):
 def test_a_saved_folder_is_read_and_stepped_through(family, residual, tmp_path):
     model = moved(adapt(build(family), residual, n_streams=2, start="prenorm-scaled"))
     model.save_pretrained(tmp_path)
-    subject = HuggingFaceSubject.load(tmp_path)
+    subject = open_huggingface(tmp_path)
     assert isinstance(subject, AdaptedSubject) and subject.residual == residual
     assert subject.describe()["residual"] == residual and residual in subject.detail
     carry = subject.begin(IDS)
@@ -144,4 +145,4 @@ def test_an_export_is_told_its_way(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "depthmix"}')
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="depthmix import"):
-        HuggingFaceSubject.load(tmp_path)
+        open_huggingface(tmp_path)

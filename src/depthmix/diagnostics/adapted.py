@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from ..diagnostics.capture import watch_site
-from ..diagnostics.huggingface import HuggingFaceSubject, Parts
-from ..mixing import Trunk
+from ..adapters.blocks import SITES, MixedBlock
 from ..residuals.registry import format_spec, parse_spec
+from ..trunk import Trunk
 from ..wrapping import scaled
-from .blocks import SITES, MixedBlock
+from .capture import watch_site
+from .huggingface import HuggingFaceSubject, Parts
 
 
 class AdaptedSubject(HuggingFaceSubject):
