@@ -38,6 +38,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import safetensors
@@ -48,6 +49,9 @@ from torch import Tensor, nn
 from .config import TrainConfig, from_dict
 from .errors import RunError, UserError
 from .optim import MuonAdamW
+
+if TYPE_CHECKING:
+    from .model import GPT
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
@@ -586,7 +590,7 @@ def write_one_file(checkpoint: Path, out: Path) -> None:
 @torch.no_grad()
 def load_model(
     path: Path, device: str | torch.device = "cpu", *, exact_gradients: bool = False
-) -> tuple[nn.Module, TrainConfig]:
+) -> "tuple[GPT, TrainConfig]":
     """The model of a run folder (its best checkpoint, else its newest) or of one checkpoint folder.
 
     In evaluation mode, on ``device``, in the dtype it was trained in. With ``exact_gradients``, streams that training

@@ -48,13 +48,11 @@ def open_run(path: Path, device) -> OpenRun:
     Raises what :func:`depthmix.checkpoint.load_model` raises.
     """
     from .checkpoint import best_checkpoint, latest_checkpoint, load_model
-    from .model import GPT
 
     # The choice of load_model, made here because the step is wanted too.
     checkpoints = path / "checkpoints"
     folder = (best_checkpoint(checkpoints) or latest_checkpoint(checkpoints)) or path
     model, config = load_model(folder, device, exact_gradients=True)
-    assert isinstance(model, GPT)
     # A checkpoint lies in RUN/checkpoints.
     run = next((f for f in (path, *path.resolve().parents[:2]) if (f / "config.json").exists()), path)
     return OpenRun(run.resolve().name, _validation_loss(run, folder), model, config, run)

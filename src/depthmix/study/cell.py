@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import cast
 
 from ..config import TrainConfig, from_dict
 from ..errors import EXIT_FAILED, RunError, UserError
@@ -77,7 +76,6 @@ def test_loss(folder: Path, tokens: int) -> dict:
     from ..data import eval_batches, open_dataset, prepare
     from ..device import find_device
     from ..info import forward_flops
-    from ..model import GPT
 
     checkpoint = latest_checkpoint(folder / "checkpoints")
     if checkpoint is None:
@@ -101,7 +99,7 @@ def test_loss(folder: Path, tokens: int) -> dict:
         "test_tokens": count,
         "seconds": time.monotonic() - began,
         "data": {split: getattr(dataset, split).fingerprint for split in ("train", "val", "test")},
-        "flops_per_token": 3 * forward_flops(cast(GPT, model)),
+        "flops_per_token": 3 * forward_flops(model),
         "peak_flops": peak,
     }
 
