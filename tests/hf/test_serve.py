@@ -4,7 +4,6 @@ import concurrent.futures
 import http.client
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ports import free_port
 
 pytest.importorskip("transformers")
 pytest.importorskip("openai")
@@ -34,9 +34,7 @@ SEQ_LEN = 48
 def served(exported, tmp_path_factory):
     """``(run, folder, client)``."""
     run, folder = exported("mgr-competitive")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     log = tmp_path_factory.mktemp("serve") / "log"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}
     environment["PYTHONPATH"] = os.pathsep.join(

@@ -7,12 +7,12 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 from depthmix import available_residuals
 
@@ -50,25 +50,23 @@ def run(words, environment, seconds=240):
         text=True,
         start_new_session=True,
     )
+    ended = True
     try:
         said, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        ended = False
     finally:
         if process.poll() is None:
             # torchrun starts its processes in sessions of their own, and ends them when it is told to stop.
             process.send_signal(signal.SIGTERM)
             try:
-                process.communicate(timeout=40)
+                said, _ = process.communicate(timeout=40)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
-                process.communicate()
+                said, _ = process.communicate()
+    assert ended, f"not done after {seconds} s; it said:\n{said}"
     assert process.returncode == 0, said
     return said
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
