@@ -30,6 +30,10 @@ def main() -> None:
         losses.append(accelerator.reduce(loss.detach(), "mean").item())
     if accelerator.is_main_process:
         report(losses, args.out, accelerator.num_processes)
+    # What DDP holds of the group goes first: the group must not end in DDP's destructor, which waits for gloo's threads
+    # with Python's lock taken.
+    del loss
+    model, optimizer = accelerator.free_memory(model, optimizer)
     accelerator.end_training()
 
 

@@ -7,6 +7,8 @@ Run, on two processes of a CPU::
 ``lightning-fabric`` is Fabric alone. Who has the whole of Lightning writes ``from lightning.fabric import Fabric``.
 """
 
+import gc
+
 import torch.distributed as dist
 from lightning_fabric import Fabric
 from plain import CLIP, make_data, make_model, make_optimizer, options, report
@@ -29,9 +31,11 @@ def main() -> None:
         losses.append(fabric.all_reduce(loss.detach(), reduce_op="mean").item())
     if fabric.is_global_zero:
         report(losses, args.out, fabric.world_size)
-    if (
-        dist.is_initialized()
-    ):  # Fabric leaves its group to the interpreter's end, which gloo's threads may outlive
+    if dist.is_initialized():
+        # Fabric leaves its group to the interpreter's end, which gloo's threads may outlive. What DDP holds of it goes
+        # first: the group must not end in DDP's destructor, which waits for those threads with Python's lock taken.
+        del model, optimizer, loss
+        gc.collect()
         dist.destroy_process_group()
 
 

@@ -2,9 +2,11 @@
 
 Environment: ``RECORD`` is a folder for ``RANK-PID.jsonl`` with a line for each batch, where in the data it began
 (``place``), which part of it this process has (``part``) and which windows those are; ``STOP_AT`` is the number of
-batches after which this process, if it is rank 0, gets a SIGTERM.
+batches after which this process, if it is rank 0, gets a SIGTERM. It fails if a wrapper of DDP outlives the groups of
+processes: now and then its end would never come.
 """
 
+import gc
 import json
 import os
 import signal
@@ -12,6 +14,8 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from depthmix import cli
 from depthmix.data.loader import Loader
@@ -40,7 +44,16 @@ def recorded_batch(self):
     return batch
 
 
+def checked_end(group=None):
+    if group is None:
+        assert not any(type(x) is DistributedDataParallel for x in gc.get_objects()), (
+            "a wrapper is still there"
+        )
+    destroy_process_group(group)
+
+
 recorded_batch.count = 0
+destroy_process_group, dist.destroy_process_group = dist.destroy_process_group, checked_end
 Loader._window, Loader.next_batch = recorded_window, recorded_batch
 torch.set_num_threads(1)
 sys.exit(cli.main(sys.argv[1:]))

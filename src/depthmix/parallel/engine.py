@@ -129,7 +129,12 @@ class ShardedEngine(Engine):
         self.parts = [model]
         self._split_sequences(model)
         wrapped = shard.data_parallel(model, self.world, always_shard=self.always_shard)
+        self.world.before_close(self._let_go)
         self.forward = torch.compile(wrapped) if self.config.compile else wrapped
+
+    def _let_go(self) -> None:
+        """Drop what holds groups of processes."""
+        del self.forward
 
     always_shard = False
     """Whether FSDP wraps the model even where nothing is to be sharded; to measure what it costs."""
@@ -258,12 +263,16 @@ class PipelineEngine(ShardedEngine):
         for stage in stages:
             self._split_sequences(stage)
             called.append(shard.data_parallel(stage, self.world))
+        self.world.before_close(self._let_go)
         parameter = next(self.parts[0].parameters())
         self.schedule = pipeline.build_schedule(
             self.pipeline, called, self.world, self._loss, plan.micro_batches(config), self.micro_batch, self.device,
             dtype=parameter.dtype, autocast=config.precision == "autocast", cache=self.cached,
         )  # fmt: skip
         self.has_first, self.has_last = stages[0].first, stages[-1].last
+
+    def _let_go(self) -> None:
+        del self.schedule
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         part = own_part(targets, self.pipeline.stages[-1].sequence_part)

@@ -15,6 +15,7 @@ process that fails by itself leaves its reason in the store before it goes.
 
 import contextlib
 import datetime
+import gc
 import os
 import signal
 import socket
@@ -23,6 +24,7 @@ import threading
 import time
 import traceback
 import uuid
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -125,6 +127,7 @@ class ManyProcesses(World):
         plan.check_processes(size)
         self.plan, self.timeout_s = plan, timeout_s
         self._dist = dist
+        self._holders: list[weakref.WeakMethod] = []
         limit = datetime.timedelta(seconds=timeout_s)
         roll = None
         self._timeouts = _limit_new_groups(limit)
@@ -212,8 +215,20 @@ class ManyProcesses(World):
             raise repeated
         return found[0]
 
+    def before_close(self, drop: Callable[[], None]) -> None:
+        """Have ``drop``, a method of something that holds groups, called before they end, if its object is there then.
+
+        DDP's reducer holds its group. Were it the last to, the group would end in the reducer's destructor, which
+        waits, with Python's lock taken, for a thread of gloo's, and that thread may be waiting for the lock.
+        """
+        self._holders.append(weakref.WeakMethod(drop))
+
     def close(self):
         # A failed training leaves its groups as they are: to take them down needs the others.
+        for holder in self._holders:
+            if (drop := holder()) is not None:
+                drop()
+        gc.collect()
         self._dist.destroy_process_group()
         self._roll.leave()
         _limit_new_groups(*self._timeouts)
