@@ -126,8 +126,8 @@ def test_findings_are_those_of_the_records():
     """Of docs/results.md: which rows differ, by how much, what gates and reads are, and what rates gain."""
     text = " ".join((ROOT / "docs/results.md").read_text(encoding="utf-8").split())
     study = load(ROOT / "studies/tiny.toml")
-    rates, main, *_ = tables_of(study, read_records(study.results))
-    assert main.done == main.wanted == 45
+    rates, main, scores, *_ = tables_of(study, read_records(study.results))
+    assert main.done == main.wanted == 45 and scores.done == scores.wanted == 21
     rows = {row.name: row for row in main.rows}
     differences = {name: row.difference.mean for name, row in rows.items() if row.difference is not None}
     assert [name for name, row in rows.items() if row.verdict != "none"] == ["mhc-lite"]
@@ -153,3 +153,12 @@ def test_findings_are_those_of_the_records():
     assert [round(rows[name].depth("hidden_rms")[-1]) for name in ("prenorm", "mhc-lite")] == [14, 23]
     before = {name: rates.row("prenorm", name).mean("val_loss")[0] for name in ("x 1", "x 2")}
     assert before["x 1"] - before["x 2"] > -min(differences.values())
+    *unit, review, unit_review = (row for row in scores.rows if row.difference is not None)
+    worse = [round(row.difference.mean, 3) for row in unit]
+    assert f"{min(worse):.3f} to {max(worse):.3f} worse than the competitive" in text
+    assert {row.verdict for row in (*unit, review)} == {"none"} and unit_review.p < 0.001
+    assert f"without the division is worse by {unit_review.difference.mean:.3f} (p < 0.001)" in text
+    assert f"({review.difference.mean:.3f} behind it, within the error)" in text
+    assert all(0.55 < np.nanmax(row.depth("gate_max")) < 0.95 for row in unit)
+    sources = {row.name: np.nanmean(row.depth("sources")) for row in unit}
+    assert all(value < (3.5 if "n=4" in name else 6.5) for name, value in sources.items())
