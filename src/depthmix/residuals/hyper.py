@@ -39,6 +39,7 @@ parameter is owned where it is used: :math:`A_r` and B of sublayer l - 1 behind 
 The last site reads the sum of the streams and has no matrix for it.
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -82,13 +83,13 @@ class Coefficients(nn.Module):
     decayed: tuple[str, ...] = ()
     """Parameters with weight decay."""
 
+    @abstractmethod
     def values(self) -> tuple[Tensor | None, ...]:
         """The parameters in the order ``family`` takes them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reset_parameters(self) -> None:
         """Set the parameters to where training starts."""
-        raise NotImplementedError
 
     def start_as_prenorm(self) -> None:
         """Set the parameters so that n equal streams stay equal, and PreNorm's."""
