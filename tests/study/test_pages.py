@@ -162,3 +162,9 @@ def test_findings_are_those_of_the_records():
     assert all(0.55 < np.nanmax(row.depth("gate_max")) < 0.95 for row in unit)
     sources = {row.name: np.nanmean(row.depth("sources")) for row in unit}
     assert all(value < (3.5 if "n=4" in name else 6.5) for name, value in sources.items())
+    study = load(ROOT / "studies/ablations.toml")
+    init = tables_of(study, read_records(study.results))[0]
+    assert init.done == init.wanted == 12 and {row.verdict for row in init.rows} == {"none"}
+    *_, eight, eight_one = (row.mean("test_loss")[0] for row in init.rows)
+    behind, ahead = init.rows[1].difference.mean, eight - eight_one
+    assert f"{behind:.3f} behind at four streams and {ahead:.3f} ahead at eight" in text

@@ -90,7 +90,7 @@ IN_DEPTH = (
 
 
 def draw_depth(result: TableResult) -> bytes | None:
-    """What the rows do in depth, one panel a measure; None where no run has recorded it."""
+    """What the rows do in depth, one panel a measure; None where nothing is to be compared or recorded."""
     import matplotlib
     from matplotlib.ticker import MaxNLocator
 
@@ -99,7 +99,7 @@ def draw_depth(result: TableResult) -> bytes | None:
         for measure, label in IN_DEPTH
     ]
     panels = [panel for panel in panels if panel[2]]
-    if result.table.kind != "compare" or not panels:
+    if not panels or all(row.difference is None for row in result.rows):
         return None
     with matplotlib.rc_context(plots._settings(plots.INK, 9)):
         styles = plots._style([row.name for row in result.rows], result.table.baseline, plots.INK)
