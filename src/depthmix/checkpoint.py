@@ -47,6 +47,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .config import TrainConfig, from_dict
+from .durable import fsync
 from .errors import RunError, UserError
 from .optim import MuonAdamW
 
@@ -86,15 +87,6 @@ class Checkpoint:
 
 
 # --- files that survive a crash -------------------------------------------------------------------
-
-
-def fsync(path: Path) -> None:
-    """Have the operating system put a file, or a folder's list of names, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_json(path: Path, value) -> None:

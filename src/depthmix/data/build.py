@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config import DataConfig
+from ..durable import fsync
 from ..errors import UserError
 from .shards import (
     FORMAT_VERSION,
@@ -62,7 +63,6 @@ from .writing import (
     no_room,
     refusals,
     share_of,
-    sync_folder,
     tokenize,
     user_path,
 )
@@ -200,9 +200,9 @@ def _build(
                 shutil.rmtree(building)
             write_manifest(building, {**manifest, "key": key})
             mark_verified(building, manifest)
-            sync_folder(building)
+            fsync(building)
             os.rename(building, folder)
-            sync_folder(folder.parent)
+            fsync(folder.parent)
         except BaseException as error:
             written = sum(file.stat().st_size for file in building.glob("*.bin"))
             shutil.rmtree(building, ignore_errors=True)

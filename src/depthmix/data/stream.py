@@ -41,6 +41,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from ..config import check_held_out
+from ..durable import fsync
 from ..errors import Interrupted, RunError, UserError
 from .shards import (
     FORMAT_VERSION,
@@ -67,7 +68,6 @@ from .writing import (
     locked,
     manifest_of,
     refusals,
-    sync_folder,
     tokenize,
     user_path,
 )
@@ -506,7 +506,7 @@ class _Work:
             self._write(workers, progress)
             self._finish()
         os.rename(self.partial, self.folder)
-        sync_folder(self.folder.parent)
+        fsync(self.folder.parent)
 
     def no_room(self, error: OSError) -> RunError:
         written = sum(split["tokens"] for split in self.state["splits"].values())
@@ -569,7 +569,7 @@ class _Work:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, self.partial / "state.json")
-        sync_folder(self.partial)
+        fsync(self.partial)
 
     # ---- reading and writing
 
@@ -744,7 +744,7 @@ class _Work:
         write_manifest(self.partial, manifest)
         mark_verified(self.partial, manifest)
         (self.partial / "state.json").unlink()
-        sync_folder(self.partial)
+        fsync(self.partial)
 
     def _count(self, split: str, entry: dict) -> None:
         """Tokens and end tokens on the disk are as many as were counted while writing."""

@@ -99,15 +99,6 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
         os.close(handle)
 
 
-def sync_folder(folder: Path) -> None:
-    """Have the operating system put the folder's list of names on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 @contextlib.contextmanager
 def refusals(folder: Path) -> Iterator[None]:
     """Say that ``folder`` cannot be made and what to do, when the system refuses."""

@@ -34,6 +34,7 @@ from torch import Tensor
 from .. import checkpoint as ckpt
 from ..config import DataConfig, TrainConfig, from_dict
 from ..data.tokenizers import Tokenizer, load_tokenizer
+from ..durable import fsync
 from ..errors import RunError, UserError
 from . import tokenizer as tokenizers
 from .fields import FIELDS, LIMITS, make_config
@@ -76,7 +77,7 @@ def export(run: Path, out: Path, *, standalone: bool = False, overwrite: bool = 
     with _in_place_of(out) as beside:
         for name, text in files.items():
             (beside / name).write_text(text, encoding="utf-8")
-            ckpt.fsync(beside / name)
+            fsync(beside / name)
         ckpt.write_tensors(beside / "model.safetensors", weights, {"format": "pt"})
     return source
 
@@ -163,7 +164,7 @@ def _in_place_of(out: Path):
         beside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         os.chmod(beside, 0o777 & ~_umask())
         yield beside
-        ckpt.fsync(beside)
+        fsync(beside)
         if out.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
             os.rename(out, old / out.name)
@@ -171,7 +172,7 @@ def _in_place_of(out: Path):
             shutil.rmtree(old)
         else:
             os.rename(beside, out)
-        ckpt.fsync(out.parent)
+        fsync(out.parent)
     except (OSError, safetensors.SafetensorError) as error:
         raise RunError(
             f"cannot write {out}: {ckpt.reason(error)}; free some space or make the folder writable"

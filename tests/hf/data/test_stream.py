@@ -276,7 +276,7 @@ def test_killed_and_taken_up(files, tmp_path, whole):
 
 def test_killed_between_the_last_shard_and_the_name(files, tmp_path, whole, monkeypatch):
     """The end: hashes, manifest, renaming. Nothing is read again."""
-    for step in ("verify_shards", "write_manifest", "mark_verified", "sync_folder", "rename"):
+    for step in ("verify_shards", "write_manifest", "mark_verified", "fsync", "rename"):
         out = tmp_path / step
         with monkeypatch.context() as patch:
 
@@ -285,10 +285,10 @@ def test_killed_between_the_last_shard_and_the_name(files, tmp_path, whole, monk
 
             if step == "rename":
                 patch.setattr(stream.os, "rename", stop)
-            elif step == "sync_folder":
+            elif step == "fsync":
                 # The one after the folder is complete, not those of the state.
                 patch.setattr(
-                    stream, "mark_verified", lambda *a, p=patch, s=stop: p.setattr(stream, "sync_folder", s)
+                    stream, "mark_verified", lambda *a, p=patch, s=stop: p.setattr(stream, "fsync", s)
                 )
             else:
                 patch.setattr(stream, step, stop)
