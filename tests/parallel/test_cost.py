@@ -154,7 +154,12 @@ def test_parameters_of_one_process_are_those_of_the_model(residual):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "autocast", "bf16"])
-@pytest.mark.parametrize("residual", available_residuals())
+@pytest.mark.parametrize("residual", [
+    *available_residuals(),
+    "mgr-competitive:stream_memory=store",
+    "mgr-competitive:stream_memory=store:separate_streams=true",
+    "mgr-independent:n_streams=8:stream_memory=store:separate_streams=true",
+])  # fmt: skip
 def test_kept_activations_are_near_those_counted(residual, precision):
     def counted(layers):
         model = GPTConfig(64, layers, 128, 4, 32, residual=residual)

@@ -21,7 +21,8 @@ micro-batch.
 
 =====================  =================================================================================================
 ``prenorm``            4 / 4: sum and norm in one pass
-``mgr-*``              2 n + 2 / 3 n + 3; with replay those of a window of w steps, over w; in the ramp a pool of l + 1
+``mgr-*``              2 n + 2 / 3 n + 3; with replay those of a window of w steps, over w; in the ramp a pool of l + 1.
+                       Separate streams: a step on n / 2 of them and a pool of n
 ``hc*``, ``mhc*``      2 n + 2 / 3 n + 3: the same pass with other coefficients
 ``attnres``            k sources read one by one: k + 3 / 5 k + 5 (a source's gradient is added to the one it has). In
                        groups of readers (section 4 of its report) k counts once a group, its own sources in full
@@ -236,6 +237,13 @@ def connection_traffic(model: GPTConfig, sublayer: int, *, apart: bool = False) 
         if sublayer < n:
             pool = floor.pool(sublayer + 1)
             return pool["forward"].total + 2, pool["backward"].total + 2
+        if volume.separate_streams(model):
+            # A step on one half, whose own read is not used, then a pool over both with the norm behind it.
+            step, pool = floor.step(n // 2), floor.pool(n)
+            return (
+                step["forward"].total + pool["forward"].total + 2,
+                step["backward"].total + pool["backward"].total + 2,
+            )
         if model.stream_memory == "replay":
             return _window(n, model.replay_window)
         step = floor.step(n)
@@ -301,7 +309,7 @@ def connection_saved(job: Job) -> float:
     D, n, name = model.d_model, model.n_streams, model.residual
     if name in MGR:
         kept = {
-            "store": 2 * n,
+            "store": n if volume.separate_streams(model) else 2 * n,
             "replay": 2 * n / model.replay_window,
             "inversion": 2 * n * model.inversion_top_p,
         }

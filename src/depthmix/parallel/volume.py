@@ -153,6 +153,11 @@ def state_bytes(model: GPTConfig, precision: str) -> int:
     return {"fp32": 4, "bf16": 2, "model": 2 if precision == "bf16" else 4}[own]
 
 
+def separate_streams(model: GPTConfig) -> bool:
+    """Whether each sublayer writes one half of the streams (an option of the mgr connections)."""
+    return model.residual_options.get("separate_streams", False)
+
+
 def _single(model: GPTConfig, sublayer: int) -> Values:
     return [(("x", sublayer), model.d_model)]
 
@@ -168,7 +173,7 @@ def _two(model: GPTConfig, sublayer: int) -> Values:
 def _ramp(model: GPTConfig, sublayer: int) -> Values:
     # The embedding and every output are streams of their own until there are n, which then change together.
     if sublayer + 1 >= model.n_streams:
-        if model.residual_options.get("separate_streams", False):
+        if separate_streams(model):
             half = model.n_streams // 2 * model.d_model
             return [((f"streams of {kind} sublayers", sublayer), half) for kind in ("even", "odd")]
         return _streams(model, sublayer)
