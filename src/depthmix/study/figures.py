@@ -92,7 +92,7 @@ IN_DEPTH = (
 def draw_depth(result: TableResult) -> bytes | None:
     """What the rows do in depth, one panel a measure; None where nothing is to be compared or recorded."""
     import matplotlib
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     panels = [
         (measure, label, [(row, line) for row in result.rows if (line := row.depth(measure)) is not None])
@@ -114,6 +114,9 @@ def draw_depth(result: TableResult) -> bytes | None:
                 ax.plot(places, line, color=colour, linestyle=style, linewidth=1.4, label=row.name)
             if measure != "sources":
                 ax.set_yscale("log")
+                ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                ax.yaxis.set_major_formatter("{x:g}")
+                ax.yaxis.set_minor_formatter(NullFormatter())
             ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             ax.set_xlabel("block" if measure == "gradient_rms" else "sublayer")
             ax.set_title(label, fontsize=9)
