@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from depthmix import GPT, GPTConfig
@@ -420,10 +421,11 @@ def test_compiled_and_eager_blocks_mix(residual):
         model.norm(h).pow(3).sum().backward()
         return [p.grad for p in model.parameters()]
 
-    want = gradients(model.blocks)
     mixed = [torch.compile(b, fullgraph=True) if i == 1 else b for i, b in enumerate(model.blocks)]
-    for a, b in zip(gradients(mixed), want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    # In torch 2.11 compiled attention on a CPU has no backward pass in float64 but by this backend.
+    with sdpa_kernel(SDPBackend.MATH):
+        for a, b in zip(gradients(mixed), gradients(model.blocks), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 def test_a_source_that_overflows_its_mean_square_has_score_zero():

@@ -1,6 +1,7 @@
 """The pages of docs/results are those that their files make."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,18 @@ def test_a_table_takes_the_error_that_it_names(study_file, error):
     assert {row.name: row.difference for row in main.rows if row.difference} == wanted
     text = page(study, records, [main], {})
     assert ("Errors are pooled" in text) == (error == "pooled")
+
+
+def test_a_row_that_scatters_more_is_named(study_file, monkeypatch):
+    rows = {name: (2.0, 2.1, 2.3) for name in LOSSES} | {"eight": (2.1, 1.0, 4.0)}
+    monkeypatch.setattr(sys.modules[__name__], "LOSSES", rows)
+    study = load(study_file(STUDY.replace("seeds = 3", 'seeds = 3\nerror = "pooled"')))
+    records = records_of(study)
+    main = tables_of(study, records)[1]
+    assert {row.name: row.difference.uneven for row in main.rows if row.difference} == {
+        "mgr-competitive": False, "eight": True,
+    }  # fmt: skip
+    assert "test, p below 1% after correction): `eight`." in page(study, records, [main], {})
 
 
 def test_what_rows_do_in_depth(study_file, tmp_path):

@@ -15,7 +15,7 @@ from ..report.write import write_atomically
 from .declare import Study, Table
 from .figures import draw, draw_depth
 from .records import Record
-from .statistics import LEVEL
+from .statistics import LEVEL, UNEVEN
 from .tables import RowResult, TableResult, spread_between_seeds, tables_of
 
 
@@ -134,6 +134,12 @@ def _state(result: TableResult) -> str:
         sentences.append(
             "Errors are pooled: one for all rows, from the scatter about the rows' and the seeds' shares."
         )
+        uneven = [f"`{row.name}`" for row in result.rows if row.difference and row.difference.uneven]
+        if uneven:
+            sentences.append(
+                f"Not in it, with errors of their own, as they or the baseline scatter more than the other rows (F "
+                f"test, p below {UNEVEN:.0%} after correction): {', '.join(uneven)}."
+            )
     if table.tuned is not None:
         if table.tuned_row is not None:
             point = result.settled.get(table.rows[0].name)

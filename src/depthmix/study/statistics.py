@@ -14,7 +14,13 @@ and a seed's share, ``loss = row + seed + e``, by least squares over all of its 
     s^2  = sum e^2 / ((R - 1) (K - 1))
     s.e. = s sqrt(2 / K), with (R - 1) (K - 1) degrees of freedom
 
-which sees more with few seeds, if rows scatter alike about their seeds' shares.
+which sees more with few seeds, if rows scatter alike about their seeds' shares. Whether they do is tested: with S(T)
+the sum of squares and f(T) the degrees of freedom that the model leaves of a table T,
+
+    F = (S(T) - S(T without the row)) / (f(T) - f(T without the row)) / (S(T without the row) / f(T without the row))
+
+The row with the least p by the F distribution, if that times the number of rows is below 1 %, is taken out of the
+common error and has its paired one; then the rest is tested again. If that row is the baseline, all have theirs.
 
 The p values of one table are corrected for their number by Holm's step-down method (Holm, 1979), which needs no
 independence between them.
@@ -22,24 +28,27 @@ independence between them.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ..errors import UserError
 
 LEVEL = 0.05
+UNEVEN = 0.01
+"""Below this p a row is said to scatter more than the others."""
 DRAWS = 20_000
 
 
-def _student():
+def _distributions():
+    """``scipy.stats``. Raises ``UserError`` where it is not installed."""
     try:
-        from scipy.stats import t
+        import scipy.stats
     except ImportError as error:
         raise UserError(
             'a study\'s page needs scipy, which is not installed: pip install "depthmix[study]"'
         ) from error
-    return t
+    return scipy.stats
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,8 @@ class Paired:
     """Of 95 %, not corrected for the number of comparisons."""
     p: float | None = None
     """Two-sided, not corrected."""
+    uneven: bool = False
+    """In a table of pooled errors this one is the row's own: it, or the baseline, scatters more than the others."""
 
 
 def paired(differences: Sequence[float]) -> Paired | None:
@@ -68,29 +79,40 @@ def paired(differences: Sequence[float]) -> Paired | None:
     return _tested(mean, count, error, count - 1)
 
 
-def pooled(losses: Mapping[str, Mapping[int, float]], baseline: str) -> dict[str, Paired]:
-    """Row -> its difference to ``baseline``, with the error that all rows share.
+Losses = Mapping[str, Mapping[int, float]]
+"""Row -> seed -> loss."""
 
-    ``losses``: row -> seed -> loss. Rows that have no seed in common with the baseline are left out. Where a row
-    lacks seeds that others have, ``mean`` is that of the least squares fit rather than of the pairs alone.
+
+def pooled(losses: Losses, baseline: str) -> dict[str, Paired]:
+    """Row -> its difference to ``baseline``, with the error that all rows share which scatter alike.
+
+    Rows that have no seed in common with the baseline are left out. Where a row lacks seeds that others have, ``mean``
+    is that of the least squares fit rather than of the pairs alone.
     """
     base = losses.get(baseline, {})
     shared = {row: sum(seed in base for seed in mine) for row, mine in losses.items()}
-    rows = [row for row in losses if shared[row]]
-    runs = [(row, seed, loss) for row in rows for seed, loss in losses[row].items()]
-    if not runs:
+    together = {row: mine for row, mine in losses.items() if shared[row]}
+    uneven = _uneven(together)
+    if baseline in uneven:
+        uneven = list(together)
+    found = _pooled({row: mine for row, mine in together.items() if row not in uneven}, baseline, shared)
+    for row in uneven:
+        own = paired([loss - base[seed] for seed, loss in together[row].items() if seed in base])
+        if row != baseline and own is not None:
+            found[row] = replace(own, uneven=True)
+    return {row: found[row] for row in losses if row in found}
+
+
+def _pooled(losses: Losses, baseline: str, pairs: Mapping[str, int]) -> dict[str, Paired]:
+    if not losses:
         return {}
-    # A seed's share is measured from the first one's.
-    seeds = sorted({seed for _, seed, _ in runs})[1:]
-    design = np.array(
-        [[float(row == one) for one in rows] + [float(seed == one) for one in seeds] for row, seed, _ in runs]
-    )
-    observed = np.array([loss for *_, loss in runs])
-    rounding = 1e-12 * float(np.abs(observed).max())
+    rows = list(losses)
+    design, observed = _additive(losses)
+    rounding = _rounding(observed)
     inverse = np.linalg.inv(design.T @ design)
     shares = inverse @ (design.T @ observed)
     rest = observed - design @ shares
-    freedom = len(runs) - design.shape[1]
+    freedom = len(observed) - design.shape[1]
     found = {}
     for row in rows:
         if row == baseline:
@@ -99,16 +121,60 @@ def pooled(losses: Mapping[str, Mapping[int, float]], baseline: str) -> dict[str
         contrast[rows.index(row)], contrast[rows.index(baseline)] = 1.0, -1.0
         mean = float(contrast @ shares)
         if freedom < 1:
-            found[row] = Paired(mean, shared[row])
+            found[row] = Paired(mean, pairs[row])
             continue
         error = math.sqrt(float(contrast @ inverse @ contrast) * float(rest @ rest) / freedom)
         mean, error = (0.0 if abs(value) < rounding else value for value in (mean, error))
-        found[row] = _tested(mean, shared[row], error, freedom)
+        found[row] = _tested(mean, pairs[row], error, freedom)
+    return found
+
+
+def _additive(losses: Losses) -> tuple[np.ndarray, np.ndarray]:
+    """The model of rows and seeds: what each run has of both, and its loss."""
+    runs = [(row, seed, loss) for row, mine in losses.items() for seed, loss in mine.items()]
+    # A seed's share is measured from the first one's.
+    seeds = sorted({seed for _, seed, _ in runs})[1:]
+    design = [
+        [float(row == one) for one in losses] + [float(seed == one) for one in seeds] for row, seed, _ in runs
+    ]
+    return np.array(design), np.array([loss for *_, loss in runs])
+
+
+def _rounding(observed: np.ndarray) -> float:
+    return 1e-12 * float(np.abs(observed).max())
+
+
+def _left(losses: Losses) -> tuple[float, int]:
+    """Sum of squares and degrees of freedom that the model leaves; 0 where only rounding is left."""
+    design, observed = _additive(losses)
+    shares, _, rank, _ = np.linalg.lstsq(design, observed, rcond=None)
+    rest = observed - design @ shares
+    rest[np.abs(rest) < _rounding(observed)] = 0.0
+    return float(rest @ rest), len(observed) - int(rank)
+
+
+def _uneven(losses: Losses) -> list[str]:
+    """The rows that scatter more than the others, in the order in which they are found."""
+    kept, found = dict(losses), []
+    while len(kept) > 2:
+        squares, freedom = _left(kept)
+        p_values = {}
+        for row in kept:
+            others, of_others = _left({name: mine for name, mine in kept.items() if name != row})
+            own, of_own = squares - others, freedom - of_others
+            if squares and of_own and of_others:
+                ratio = own / of_own / (others / of_others) if others else math.inf
+                p_values[row] = float(_distributions().f.sf(ratio, of_own, of_others))
+        loudest = min(p_values, key=p_values.__getitem__, default=None)
+        if loudest is None or p_values[loudest] * len(kept) >= UNEVEN:
+            break
+        del kept[loudest]
+        found.append(loudest)
     return found
 
 
 def _tested(mean: float, pairs: int, error: float, freedom: int) -> Paired:
-    student = _student()
+    student = _distributions().t
     reach = float(student.ppf(1 - LEVEL / 2, freedom)) * error
     if error == 0:
         p = 1.0 if mean == 0 else 0.0
@@ -163,7 +229,7 @@ def fit_power_law(compute: Sequence[float], losses: Sequence[float]) -> PowerLaw
     variance = float((rest**2).sum() / (x.size - 2))
     slope_error = math.sqrt(variance / spread)
     start_error = math.sqrt(variance * (1 / x.size + middle**2 / spread))
-    reach = float(_student().ppf(1 - LEVEL / 2, x.size - 2))
+    reach = float(_distributions().t.ppf(1 - LEVEL / 2, x.size - 2))
     return PowerLaw(
         math.exp(start), -slope, math.exp(start - reach * start_error), math.exp(start + reach * start_error),
         -slope - reach * slope_error, -slope + reach * slope_error, slope_error, int(x.size),
