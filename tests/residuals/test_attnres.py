@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from depthmix import GPT, GPTConfig
@@ -404,7 +403,7 @@ def test_compiled_and_eager_blocks_mix(residual):
     """One compiled block between two eager ones."""
     torch._dynamo.reset()
     config = GPTConfig(32, 3, 16, 2, 12, residual=residual)
-    model = GPT(config, seed=0).double()
+    model = GPT(config, seed=0)
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -422,10 +421,9 @@ def test_compiled_and_eager_blocks_mix(residual):
         return [p.grad for p in model.parameters()]
 
     mixed = [torch.compile(b, fullgraph=True) if i == 1 else b for i, b in enumerate(model.blocks)]
-    # In torch 2.11 compiled attention on a CPU has no backward pass in float64 but by this backend.
-    with sdpa_kernel(SDPBackend.MATH):
-        for a, b in zip(gradients(mixed), gradients(model.blocks), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    # In fp32, for which the compiled attention of torch 2.11 has a backward pass on a CPU; in float64 it has none.
+    for a, b in zip(gradients(mixed), gradients(model.blocks), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-4, atol=1e-5 * b.abs().max().item())
 
 
 def test_a_source_that_overflows_its_mean_square_has_score_zero():
