@@ -291,7 +291,8 @@ class PipelineEngine(ShardedEngine):
         """The losses of the micro-batches, where the last stage is; ``step``: of the schedule."""
         self.pipeline.start()
         losses: list[Tensor] = []
-        given = (inputs,) if self.has_first else ()
+        # torch 2.11 has a stage refuse what is not laid out as the example it was built with.
+        given = (inputs.contiguous(),) if self.has_first else ()
         named = {"target": targets, "losses": losses} if self.has_last else {}
         with self.autocast():
             step(*given, return_outputs=False, **named)
