@@ -1,5 +1,6 @@
 # make demo    install into .venv and run the main job: PreNorm and two Multi-Gate Residuals on real text
 # make test    install and run all tests
+# make test-oldest  the same with the oldest torch that is admitted, in an environment of its own
 # make test-peers  install other implementations (1 GB) and compare with them
 # make test-kernels  the same installation: run the Triton kernels, on the GPU or in Triton's interpreter
 # make test-integrations  install DeepSpeed, Accelerate and Fabric: run examples/integrations on two processes
@@ -12,17 +13,21 @@
 # make lint    style, common mistakes, types
 PYTHON ?= python3
 VENV ?= .venv
+OLDEST ?= .venv-oldest
 export PYTHON
 
 # Two processes, each of whole files, so that what a file's tests share is made once.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-peers test-kernels test-integrations test-hf test-nodes docs package results gpu-check lint clean
+.PHONY: demo test test-oldest test-peers test-kernels test-integrations test-hf test-nodes docs package results gpu-check lint clean
 demo: $(VENV)/.demo
 	$(VENV)/bin/depthmix compare --recipe quick --out runs/demo --resume
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(TWO)
+
+test-oldest: $(OLDEST)/.oldest
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest $(TWO)
 
 test-peers: $(VENV)/.peers
 	$(VENV)/bin/python -m pytest -m peers
@@ -64,6 +69,10 @@ $(VENV)/.demo: pyproject.toml constraints-cpu.txt
 
 $(VENV)/.test: pyproject.toml constraints-cpu.txt
 	scripts/install.sh $(VENV) test,dev
+	@touch $@
+
+$(OLDEST)/.oldest: pyproject.toml constraints-oldest.txt
+	CONSTRAINTS=constraints-oldest.txt scripts/install.sh $(OLDEST) test
 	@touch $@
 
 $(VENV)/.peers: pyproject.toml constraints-cpu.txt

@@ -3,12 +3,13 @@
 #
 #   scripts/install.sh VENV EXTRAS        e.g. scripts/install.sh .venv test,dev
 #
-# Without an NVIDIA GPU, torch is pinned by constraints-cpu.txt and taken as the CPU build: first
-# from the package index this machine is set up with, else from PyTorch's own CPU index. The CUDA
-# build, several GB, is never installed there.
+# Without an NVIDIA GPU, torch is pinned by constraints-cpu.txt (or the file that $CONSTRAINTS names) and taken
+# as the CPU build: first from the package index this machine is set up with, else from PyTorch's own CPU
+# index. The CUDA build, several GB, is never installed there.
 set -eu
 venv=$1
 extras=$2
+constraints=${CONSTRAINTS:-constraints-cpu.txt}
 python=${PYTHON:-python3}
 cd "$(dirname "$0")/.."
 
@@ -24,12 +25,12 @@ pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 
 if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then
     echo "NVIDIA GPU found: torch as the package index has it"
-    pip install --progress-bar off -q -e ".${extras:+[$extras]}"
+    pip install --progress-bar off -q ${CONSTRAINTS:+-c "$CONSTRAINTS"} -e ".${extras:+[$extras]}"
     exit
 fi
 
-echo "no NVIDIA GPU: torch pinned by constraints-cpu.txt"
-wanted=$(sed -n 's/^torch==//p' constraints-cpu.txt)
+echo "no NVIDIA GPU: torch pinned by $constraints"
+wanted=$(sed -n 's/^torch==//p' "$constraints")
 have=$("$venv/bin/python" -c 'from importlib.metadata import version; print(version("torch").split("+")[0])' 2>/dev/null || true)
 if [ "$have" != "$wanted" ]; then
     if [ "$(uname -s)-$(uname -m)" = Linux-x86_64 ]; then
@@ -40,7 +41,7 @@ if [ "$have" != "$wanted" ]; then
             exit 2
         }
     else
-        pip install --progress-bar off -q -c constraints-cpu.txt torch
+        pip install --progress-bar off -q -c "$constraints" torch
     fi
 fi
-pip install --progress-bar off -q -c constraints-cpu.txt -e ".${extras:+[$extras]}"
+pip install --progress-bar off -q -c "$constraints" -e ".${extras:+[$extras]}"

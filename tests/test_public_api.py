@@ -1,9 +1,13 @@
 """Every public name says what it does, which types it takes and returns, and which shapes its tensors have."""
 
+import tomllib
+from pathlib import Path
+
 import public_names
 import pytest
 import torch
 
+ROOT = Path(__file__).parents[1]
 FOUND = public_names.callables(transformers=False)
 
 
@@ -35,3 +39,10 @@ def test_every_page_of_the_reference_is_walked():
     documented = public_names.documented()
     assert {"depthmix.functional", "depthmix.wrapping", "depthmix.residuals.base"} <= documented.keys()
     assert documented["depthmix.wrapping"] == ["wrap"]
+
+
+def test_the_oldest_torch_that_is_admitted_is_the_one_that_is_tested():
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    pinned = (ROOT / "constraints-oldest.txt").read_text(encoding="utf-8").splitlines()
+    (floor,) = (line.removeprefix("torch>=") for line in wanted if line.startswith("torch"))
+    assert f"torch=={floor}.0" in pinned
