@@ -139,7 +139,7 @@ def test_findings_are_those_of_the_records():
     """Of docs/results.md: which rows differ, by how much, what gates and reads are, and what rates gain."""
     text = " ".join((ROOT / "docs/results.md").read_text(encoding="utf-8").split())
     study = load(ROOT / "studies/tiny.toml")
-    rates, main, scores, *_ = tables_of(study, read_records(study.results))
+    rates, main, scores, names, *_ = tables_of(study, read_records(study.results))
     assert main.done == main.wanted == 45 and scores.done == scores.wanted == 21
     rows = {row.name: row for row in main.rows}
     differences = {name: row.difference.mean for name, row in rows.items() if row.difference is not None}
@@ -165,7 +165,31 @@ def test_findings_are_those_of_the_records():
             assert 0.5 < read[2:].min() and read[2:].max() < 3
     assert [round(rows[name].depth("hidden_rms")[-1]) for name in ("prenorm", "mhc-lite")] == [14, 23]
     before = {name: rates.row("prenorm", name).mean("val_loss")[0] for name in ("x 1", "x 2")}
-    assert before["x 1"] - before["x 2"] > -min(differences.values())
+    gain = before["x 1"] - before["x 2"]
+    assert f"PreNorm alone gains {gain:.3f}: more than any row of Table 1" in text
+    others = {row.name: row for row in names.rows if row.difference is not None}
+    ahead = {name: -row.difference.mean for name, row in others.items()}
+    assert -min(differences.values()) < gain and 0.9 < max(ahead.values()) / gain < 1.1
+    small = {
+        name
+        for name, row in others.items()
+        if row.mean("parameters")[0] < 1.03 * rows["prenorm"].mean("parameters")[0]
+    }
+    assert {name for name in small if others[name].verdict == "lower"} == {
+        "hc",
+        "hc-static",
+        "siamese",
+        "denseformer",
+    }
+    assert f"PreNorm with as many (D = 76 instead of 64) gains {ahead['prenorm D=76']:.3f}" in text
+    assert ahead["prenorm D=76"] > -lite.difference.mean
+    assert f"Hyper-Connections by {ahead['hc']:.3f} (static ones {ahead['hc-static']:.3f})" in text
+    assert f"SiameseNorm by {ahead['siamese']:.3f}, DenseFormer by {ahead['denseformer']:.3f}" in text
+    assert f"The additive Review gate, {ahead['review']:.3f} ahead" in text
+    assert others["review"].mean("parameters")[0] > 1.3 * rows["prenorm"].mean("parameters")[0]
+    assert ahead["review"] < 1.05 * ahead["prenorm D=76"]
+    assert others["highway"].verdict == "higher" and f"as MGR's do, by {-ahead['highway']:.3f}" in text
+    assert f"stalls and ends at {others['review-convex'].mean('test_loss')[0]:.1f}" in text
     *unit, review, unit_review = (row for row in scores.rows if row.difference is not None)
     worse = [round(row.difference.mean, 3) for row in unit]
     assert f"{min(worse):.3f} to {max(worse):.3f} worse than the competitive" in text
