@@ -223,7 +223,7 @@ def test_compare_command_names_what_differs_from_the_recipe(make_config):
 
 def test_a_failed_connection_does_not_flatten_the_others():
     values = {"a": [0.01, -0.1], "b": [0.05], "c": [-0.06], "stalled": [0.2, 1.3]}
-    assert plots._beyond(values) == {"stalled": 1.3}
-    assert plots._beyond(values | {"stalled": [0.2, 0.3]}) == {}
-    assert plots._beyond({name: values[name] for name in ("a", "b", "stalled")}) == {}
-    assert plots._beyond(values | {"diverged": [float("nan")]}) == {"stalled": 1.3}
+    assert plots.beyond(values) == {"stalled": 1.3}
+    assert plots.beyond(values | {"stalled": [0.2, 0.3]}) == {}
+    assert plots.beyond({name: values[name] for name in ("a", "b", "stalled")}) == {}
+    assert plots.beyond(values | {"diverged": [float("nan")]}) == {"stalled": 1.3}

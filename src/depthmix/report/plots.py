@@ -135,19 +135,19 @@ def _pairs(groups: Groups, name: str, baseline: str) -> list[tuple[RunRecord, Ru
     ]
 
 
-def _beyond(values: dict[str, list[float]]) -> dict[str, float]:
-    """Connections more than five times as far from zero as the median one, of at least four: each one's extreme."""
+def beyond(values: dict[str, list[float]], times: float = 5) -> dict[str, float]:
+    """Connections more than ``times`` as far from zero as the median one, of at least four: each one's extreme."""
     extremes = {name: max(v, key=abs) for name, v in values.items() if v and np.isfinite(v).all()}
     if len(extremes) < 4:
         return {}
     typical = np.median([abs(v) for v in extremes.values()])
-    return {name: float(v) for name, v in extremes.items() if abs(v) > 5 * typical > 0}
+    return {name: float(v) for name, v in extremes.items() if abs(v) > times * typical > 0}
 
 
 def draw_difference(ax, groups: Groups, baseline: str, ink: str) -> bool:
     """Loss minus the baseline's on the same batches: smoothed line (band: s.e. over seeds), validation dots.
 
-    A connection that failed (:func:`_beyond`) would flatten all others: it leaves the axis and is named.
+    A connection that failed (:func:`beyond`) would flatten all others: it leaves the axis and is named.
     False when there is nothing to subtract.
     """
     size, label = _token_axis(groups)
@@ -182,13 +182,13 @@ def draw_difference(ax, groups: Groups, baseline: str, ink: str) -> bool:
             )  # fmt: skip
             values[name] += list(points.mean(axis=0)[x >= x[-1] / 10])
     ax.axhline(0, color=ink, linewidth=1, alpha=0.7, label=baseline)
-    beyond = _beyond(values)
-    seen = np.array([0.0, *(v for name in values if name not in beyond for v in values[name])])
+    failed = beyond(values)
+    seen = np.array([0.0, *(v for name in values if name not in failed for v in values[name])])
     low, high = np.nanmin(seen), np.nanmax(seen)
     if np.isfinite([low, high]).all() and high > low:
         ax.set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
-    if beyond:
-        named = "\n".join(f"{name}: {extreme:+.2f}" for name, extreme in beyond.items())
+    if failed:
+        named = "\n".join(f"{name}: {extreme:+.2f}" for name, extreme in failed.items())
         ax.text(0.98, 0.97, f"beyond the axis, up to\n{named}", transform=ax.transAxes, ha="right", va="top",
                 color=ink, fontsize="small")  # fmt: skip
     ax.set_xlim(left=0)

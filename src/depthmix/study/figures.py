@@ -48,8 +48,17 @@ def _compare(result: TableResult) -> bytes | None:
     figure, (left, right, curves) = _figure(3, max(3.4, 1.6 + 0.3 * len(rows)))
     base = result.row(result.table.baseline).finished
     reach = [0.0]
+    failed = plots.beyond({row.name: [found.mean] for row, found in rows}, times=20)
     for place, (row, found) in enumerate(reversed(rows)):
         colour = styles[row.name][0]
+        if row.name in failed:
+            # It would flatten all others: an arrow at the axis's end, and its number.
+            end, sign = (0.99, "▶") if found.mean > 0 else (0.01, "◀")
+            left.text(
+                end, place, f"{found.mean:+.3f} {sign}" if end > 0.5 else f"{sign} {found.mean:+.3f}", color=colour,
+                transform=left.get_yaxis_transform(), ha="right" if end > 0.5 else "left", va="center",
+            )  # fmt: skip
+            continue
         points = [
             run["test_loss"] - base[seed]["test_loss"] for seed, run in row.finished.items() if seed in base
         ]
