@@ -52,12 +52,14 @@ def _compare(result: TableResult) -> bytes | None:
     for place, (row, found) in enumerate(reversed(rows)):
         colour = styles[row.name][0]
         if row.name in failed:
-            # It would flatten all others: an arrow at the axis's end, and its number.
-            end, sign = (0.99, "▶") if found.mean > 0 else (0.01, "◀")
-            left.text(
-                end, place, f"{found.mean:+.3f} {sign}" if end > 0.5 else f"{sign} {found.mean:+.3f}", color=colour,
-                transform=left.get_yaxis_transform(), ha="right" if end > 0.5 else "left", va="center",
-            )  # fmt: skip
+            # It would flatten all others: its number at the end of the axis to which it leaves.
+            text, end, side = (
+                (f"{found.mean:+.3f} ▶", 0.99, "right")
+                if found.mean > 0
+                else (f"◀ {found.mean:+.3f}", 0.01, "left")
+            )
+            at = left.get_yaxis_transform()
+            left.text(end, place, text, transform=at, ha=side, va="center", color=colour)
             continue
         points = [
             run["test_loss"] - base[seed]["test_loss"] for seed, run in row.finished.items() if seed in base
