@@ -30,6 +30,7 @@ def machine(device: torch.device) -> dict:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     described = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -44,6 +44,7 @@ void channel_gate_forward(
     int64_t N, int64_t D, int64_t convex, double eps, int64_t threads, float* product_x, const float* product_u,
     const float* bias, const void* x, int64_t x_dtype, const void* u, int64_t u_dtype, void* out, float* r_x,
     float* r_u) {
+    ask_for_large_pages(out, x_dtype, N, D);
 #pragma omp parallel num_threads(threads)
     {
         std::vector<float> buffers(3 * D);
@@ -77,6 +78,8 @@ void channel_gate_logits(
     const void* x, int64_t x_dtype, const void* u, int64_t u_dtype, const float* r_x, const float* r_u,
     float* scaled_x, float* scaled_u, float* parts) {
     const int64_t chunks = (N + chunk - 1) / chunk;
+    ask_for_large_pages(scaled_x, float32, N, D);
+    ask_for_large_pages(scaled_u, float32, N, D);
 #pragma omp parallel num_threads(threads)
     {
         std::vector<float> buffers(3 * D);
@@ -112,6 +115,8 @@ void channel_gate_inputs(
     int64_t N, int64_t D, int64_t convex, int64_t threads, const void* grad, int64_t grad_dtype, const float* logit,
     const void* x, int64_t x_dtype, const void* u, int64_t u_dtype, const float* r_x, const float* r_u,
     const float* through_x, const float* through_u, void* d_x, void* d_u) {
+    ask_for_large_pages(d_x, x_dtype, N, D);
+    ask_for_large_pages(d_u, u_dtype, N, D);
 #pragma omp parallel num_threads(threads)
     {
         std::vector<float> buffers(5 * D);

@@ -44,6 +44,7 @@ inline void add_mix(float* out, const float* weights, const float* rows, int64_t
 template <int n>
 void write(int64_t N, int64_t width, int per_token, int threads, const float* y, const float* streams,
            const float* coefficients, float* new_streams, float* norms) {
+    ask_for_large_pages(new_streams, N * n * width * sizeof(float));
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t t = 0; t < N; ++t) {
         const float* c = coefficients + t * (n + 2) * n;
@@ -77,6 +78,8 @@ void backward(int64_t N, int64_t width, int per_token, int threads, int64_t K, c
               const float* weight, const float* along, const float* made, const float* new_streams, const float* grad_h, const float* grad_new,
               int64_t grad_new_stride, const float* y, const float* streams, const float* coefficients, float* d_y,
               float* d_streams, float* d_coefficients) {
+    ask_for_large_pages(d_streams, N * n * width * sizeof(float));
+    ask_for_large_pages(d_y, N * width * sizeof(float));
 #pragma omp parallel num_threads(threads)
     {
         const float one = 1.0f;
@@ -133,6 +136,7 @@ void add_dots(int64_t N, int64_t width, int threads, const float* streams, const
 template <int n>
 void read(int64_t N, int64_t width, int threads, const float* streams, const float* weights, int64_t stride,
           float* out) {
+    ask_for_large_pages(out, N * width * sizeof(float));
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t t = 0; t < N; ++t) mix<n>(out + t * width, weights + t * stride, 1, streams + t * n * width, width);
 }

@@ -1,9 +1,11 @@
-// What the kernels share: vectors of 16 fp32 numbers, their exponential, dot products, and the choice of a template by n.
+// What the kernels share: vectors of fp32 numbers, their exponential, dot products, large pages, and the choice of a template by n.
 
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+
+#include <sys/mman.h>
 
 #ifdef __clang__
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -11,13 +13,22 @@
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Integers{__VA_ARGS__})
 #endif
 
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+
 namespace {
 
-// 16 numbers, in whatever registers the processor has; loaded from any address.
-typedef float Lanes __attribute__((vector_size(64)));
-typedef int32_t Integers __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-constexpr int lanes = 16;
+// As many numbers as a register holds, loaded from any address. Of longer vectors compilers make pieces that lie in
+// memory between one operation and the next, which takes several times as long.
+constexpr int lanes = LANES;
+typedef float Lanes __attribute__((vector_size(4 * lanes)));
+typedef int32_t Integers __attribute__((vector_size(4 * lanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * lanes)));
 
 inline Lanes load(const float* from) {
     Lanes x;
@@ -26,10 +37,19 @@ inline Lanes load(const float* from) {
 }
 
 inline float sum(Lanes x) {
+#if LANES == 16
     x += SHUFFLE(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
     x += SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
     x += SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
     x += SHUFFLE(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+#elif LANES == 8
+    x += SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3);
+    x += SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5);
+    x += SHUFFLE(x, x, 1, 0, 3, 2, 5, 4, 7, 6);
+#else
+    x += SHUFFLE(x, x, 2, 3, 0, 1);
+    x += SHUFFLE(x, x, 1, 0, 3, 2);
+#endif
     return x[0];
 }
 
@@ -60,6 +80,14 @@ inline void dots(float* out, const float* a, const float* rows, int64_t width) {
     for (int k = 0; k < count; ++k) out[k] = sum(total[k]);
     for (; d < width; ++d)
         for (int k = 0; k < count; ++k) out[k] += a[d] * rows[k * width + d];
+}
+
+// A large result comes from the system page by page, each a fault as costly as the work on it: ask for 2 MiB pages.
+inline void ask_for_large_pages(void* from, int64_t bytes) {
+    constexpr uintptr_t page = 1 << 21;
+    const uintptr_t begin = (reinterpret_cast<uintptr_t>(from) + page - 1) & -page;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(from) + bytes) & -page;
+    if (from && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 }
 
 }  // namespace

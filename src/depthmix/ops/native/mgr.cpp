@@ -475,7 +475,7 @@ void backward(const Step& step, const Window& window, int64_t N, int64_t threads
     const std::unique_ptr<float[]> partial(new float[chunks * length]);
     const bool past = N * size * static_cast<int64_t>(sizeof(T)) > past_caches;
     ask_for_large_pages(d_streams, N * size * sizeof(T));
-    ask_for_large_pages(d_y, N * width * (y_dtype == float32 ? 4 : 2));
+    ask_for_large_pages(d_y, y_dtype, N, width);
 #pragma omp parallel num_threads(threads)
     {
         Arena arena(Entering<T>::bytes(step, window) +

@@ -13,6 +13,8 @@ extern "C" {
 void rms_norm_forward(
     int64_t N, int64_t D, double eps, int64_t threads, const void* x, int64_t dtype, const void* update,
     int64_t update_dtype, const float* weight, void* total, void* out, float* r) {
+    ask_for_large_pages(total, dtype, N, D);
+    ask_for_large_pages(out, dtype, N, D);
 #pragma omp parallel num_threads(threads)
     {
         std::vector<float> buffers(4 * D);
@@ -54,6 +56,7 @@ void rms_norm_backward(
     int64_t grad_total_dtype, const void* x, int64_t dtype, const float* weight, const float* r, void* d_x,
     float* parts) {
     const int64_t chunks = (N + chunk - 1) / chunk;
+    ask_for_large_pages(d_x, dtype, N, D);
 #pragma omp parallel num_threads(threads)
     {
         std::vector<float> buffers(4 * D);

@@ -18,7 +18,7 @@ namespace {
 
 inline void store(float* to, Lanes x) { std::memcpy(to, &x, sizeof x); }
 
-// The first `count` of 16 numbers, zeros behind; where count is the constant 16, a plain load.
+// The first `count` numbers, zeros behind; where count is the constant `lanes`, a plain load.
 INLINE inline Lanes load(const float* from, int64_t count) {
     if (count == lanes) return load(from);
     float part[lanes] = {};
@@ -75,6 +75,7 @@ INLINE inline void blocks(int64_t width, F f) {
 // to[i] += the sum of the i-th vector, of four.
 template <int count>
 inline void add_sums(float* to, Lanes a, Lanes b, Lanes c, Lanes d) {
+#if LANES == 16
     const Lanes ab = SHUFFLE(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
                      SHUFFLE(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
     const Lanes cd = SHUFFLE(c, d, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
@@ -84,6 +85,17 @@ inline void add_sums(float* to, Lanes a, Lanes b, Lanes c, Lanes d) {
     all += SHUFFLE(all, all, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
     all += SHUFFLE(all, all, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
     all = SHUFFLE(all, all, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
+#elif LANES == 8
+    const Lanes ab = SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+    const Lanes cd = SHUFFLE(c, d, 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(c, d, 4, 5, 6, 7, 12, 13, 14, 15);
+    Lanes all = SHUFFLE(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13) + SHUFFLE(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);
+    all += SHUFFLE(all, all, 1, 0, 3, 2, 5, 4, 7, 6);
+    all = SHUFFLE(all, all, 0, 4, 2, 6, 0, 4, 2, 6);
+#else
+    const Lanes ab = SHUFFLE(a, b, 0, 1, 4, 5) + SHUFFLE(a, b, 2, 3, 6, 7);
+    const Lanes cd = SHUFFLE(c, d, 0, 1, 4, 5) + SHUFFLE(c, d, 2, 3, 6, 7);
+    const Lanes all = SHUFFLE(ab, cd, 0, 2, 4, 6) + SHUFFLE(ab, cd, 1, 3, 5, 7);
+#endif
     for (int i = 0; i < count; ++i) to[i] += all[i];
 }
 
@@ -114,7 +126,8 @@ void dots_of_rows(const float* const* rows, const float* const* xs, int64_t m, i
     int64_t j = 0;
     if (squares && m == 1) dots_of<R, 1, true>(rows, xs, begin, end, out, k, squares), j = 1;
     if (squares && m >= 2) dots_of<R, 2, true>(rows, xs, begin, end, out, k, squares), j = 2;
-    for (; j + 4 <= m; j += 4) dots_of<R, 4, false>(rows, xs + j, begin, end, out + j * k, k, nullptr);
+    // Sixteen sums at once need as many registers.
+    for (; lanes == 16 && j + 4 <= m; j += 4) dots_of<R, 4, false>(rows, xs + j, begin, end, out + j * k, k, nullptr);
     for (; j + 2 <= m; j += 2) dots_of<R, 2, false>(rows, xs + j, begin, end, out + j * k, k, nullptr);
     for (; j < m; ++j) dots_of<R, 1, false>(rows, xs + j, begin, end, out + j * k, k, nullptr);
 }
@@ -124,7 +137,7 @@ inline void dots(const float* const* rows, int64_t k, const float* const* xs, in
     for (int64_t i = 0; i < m * k; ++i) out[i] = 0.0f;
     if (squares)
         for (int64_t i = 0; i < k; ++i) squares[i] = 0.0f;
-    constexpr int64_t segment = 8192;  // the sum of a very long row is a sum of sums
+    constexpr int64_t segment = 128 * lanes;  // the sum of a long row is a sum of sums, or it would lose digits
     for (int64_t begin = 0; begin < width; begin += segment) {
         const int64_t end = begin + segment < width ? begin + segment : width;
         int64_t i = 0;
@@ -223,6 +236,7 @@ inline float reciprocal_rms(const float* x, int64_t width, float eps) {
 void forward(int64_t dtype, int64_t N, int64_t k, int64_t width, int threads, const void* const* sources,
              const int64_t* strides, const float* weight, const float* carried, const float* carried_lse,
              const float* norm_weight, float scale, float eps, float norm_eps, void* out) {
+    ask_for_large_pages(out, dtype, N, width);
 #pragma omp parallel num_threads(threads)
     {
         Tile tile(dtype, k, width, sources, strides);
@@ -271,6 +285,7 @@ void backward(int64_t dtype, int64_t N, int64_t k, int64_t width, int threads, i
     const int64_t size = (N + chunks - 1) / chunks;
     float* weight_part = part;
     float* norm_part = part + (weight ? chunks * width : 0);
+    for (int64_t i = 0; i < k; ++i) ask_for_large_pages(into[i], dtype, N, width, into_strides[i]);
 #pragma omp parallel num_threads(threads)
     {
         Tile tile(dtype, k, width, sources, strides);
@@ -384,6 +399,7 @@ void backward(int64_t dtype, int64_t N, int64_t k, int64_t width, int threads, i
 void many_forward(int64_t dtype, int64_t N, int64_t k, int64_t Q, int64_t width, int threads,
                   const void* const* sources, const int64_t* strides, const float* queries, float scale, float eps,
                   float* out, float* lse) {
+    ask_for_large_pages(out, float32, Q * N, width);
 #pragma omp parallel num_threads(threads)
     {
         Tile tile(dtype, k, width, sources, strides);
@@ -414,6 +430,7 @@ void many_backward(int64_t dtype, int64_t N, int64_t k, int64_t Q, int64_t width
                    const int64_t* strides, const float* queries, float scale, float eps, void* const* into,
                    const int64_t* into_strides, float* d_queries, float* part) {
     const int64_t size = (N + chunks - 1) / chunks;
+    for (int64_t i = 0; i < k; ++i) ask_for_large_pages(into[i], dtype, N, width, into_strides[i]);
 #pragma omp parallel num_threads(threads)
     {
         Tile tile(dtype, k, width, sources, strides);

@@ -1,4 +1,4 @@
-// Sinkhorn-Knopp on a CPU, in fp32: what ops/sinkhorn.py computes with torch, 16 matrices at once in registers.
+// Sinkhorn-Knopp on a CPU, in fp32: what ops/sinkhorn.py computes with torch, a register full of matrices at once.
 
 #include <vector>
 
@@ -6,7 +6,7 @@
 
 namespace {
 
-// Sinkhorn on 16 matrices at once: entry (i, j) of token t at [(i * n + j) * N + t].
+// Sinkhorn on `lanes` matrices at once: entry (i, j) of token t at [(i * n + j) * N + t].
 template <int n>
 struct Block {
     float entry[n][n][lanes];

@@ -5,30 +5,34 @@
 #include <memory>
 #include <type_traits>
 
-#include <sys/mman.h>
-
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
-
 #include "lanes.h"
+
+#if LANES > 4
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 
 namespace {
 
-typedef uint16_t HalfWords __attribute__((vector_size(32)));
+typedef uint16_t HalfWords __attribute__((vector_size(2 * lanes)));
 
 struct BFloat16 {
     uint16_t bits;
 };
-#if defined(__FLT16_MANT_DIG__)
+#if defined(__aarch64__)
+typedef __fp16 Half;
+typedef float16x4_t HalfLanes;
+#define HAS_HALF 1
+#elif defined(__FLT16_MANT_DIG__)
 typedef _Float16 Half;
-typedef _Float16 HalfLanes __attribute__((vector_size(32)));
+typedef _Float16 HalfLanes __attribute__((vector_size(2 * lanes)));
 #define HAS_HALF 1
 #else
 #define HAS_HALF 0
 #endif
 
-// Numbers of a row that are handled at a time: `count` times 16 of them, or the `size` < 16 that are left at its end.
+// Numbers of a row that are handled at a time: `count` times `lanes`, or the `size` < `lanes` that are left at its end.
 template <int count_>
 struct Whole {
     static constexpr int count = count_;
@@ -47,11 +51,17 @@ inline __attribute__((always_inline)) void sweep(int64_t begin, int64_t end, Bod
     if (d < end) body(d, Part{static_cast<int>(end - d)});
 }
 
-// Between storage and fp32. With AVX-512 by its own instructions, where compilers make pieces of the portable form.
+// Between storage and fp32. By the processor's own instructions, where compilers make pieces of the portable form.
 inline Lanes widen(Lanes x) { return x; }
 #if defined(__AVX512F__)
 inline Lanes widen(HalfWords x) { return (Lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)x), 16); }
 inline HalfWords upper_halves(Words x) { return (HalfWords)_mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)x, 16)); }
+#elif defined(__AVX2__)
+inline Lanes widen(HalfWords x) { return (Lanes)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)x), 16); }
+inline HalfWords upper_halves(Words x) {
+    const __m256i halves = _mm256_srli_epi32((__m256i)x, 16);
+    return (HalfWords)_mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(halves, halves), 8));
+}
 #else
 inline Lanes widen(HalfWords x) { return (Lanes)(__builtin_convertvector(x, Words) << 16); }
 inline HalfWords upper_halves(Words x) { return __builtin_convertvector(x >> 16, HalfWords); }
@@ -59,6 +69,12 @@ inline HalfWords upper_halves(Words x) { return __builtin_convertvector(x >> 16,
 #if HAS_HALF && defined(__AVX512F__)
 inline Lanes widen(HalfLanes x) { return (Lanes)_mm512_cvtph_ps((__m256i)x); }
 inline HalfLanes nearest_half(Lanes x) { return (HalfLanes)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT); }
+#elif HAS_HALF && defined(__F16C__) && LANES == 8
+inline Lanes widen(HalfLanes x) { return (Lanes)_mm256_cvtph_ps((__m128i)x); }
+inline HalfLanes nearest_half(Lanes x) { return (HalfLanes)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
+#elif defined(__aarch64__)
+inline Lanes widen(HalfLanes x) { return (Lanes)vcvt_f32_f16(x); }
+inline HalfLanes nearest_half(Lanes x) { return vcvt_f16_f32((float32x4_t)x); }
 #elif HAS_HALF
 inline Lanes widen(HalfLanes x) { return __builtin_convertvector(x, Lanes); }
 inline HalfLanes nearest_half(Lanes x) { return __builtin_convertvector(x, HalfLanes); }
@@ -117,20 +133,23 @@ inline void prefetch(const T* from, int l) {
 // Past the caches, for what is not read again soon: a cache would first read the line that is overwritten.
 template <class T, class Block>
 inline void store_past(T* to, Lanes x, Block block, int l) {
-#if defined(__AVX512F__)
+#if LANES > 4
     if (!(reinterpret_cast<uintptr_t>(to) & 63) && !std::is_same<Block, Part>::value) {
         const auto bits = narrow(x, to);
+#if LANES == 16
         if constexpr (sizeof bits == 64)
-            _mm512_stream_si512(reinterpret_cast<__m512i*>(to + l * lanes), (__m512i)bits);
-        else
-            _mm256_stream_si256(reinterpret_cast<__m256i*>(to + l * lanes), (__m256i)bits);
-        return;
+            return _mm512_stream_si512(reinterpret_cast<__m512i*>(to + l * lanes), (__m512i)bits);
+#endif
+        if constexpr (sizeof bits == 32)
+            return _mm256_stream_si256(reinterpret_cast<__m256i*>(to + l * lanes), (__m256i)bits);
+        if constexpr (sizeof bits == 16)
+            return _mm_stream_si128(reinterpret_cast<__m128i*>(to + l * lanes), (__m128i)bits);
     }
 #endif
     store(to, x, block, l);
 }
 inline void finish_past() {
-#if defined(__AVX512F__)
+#if LANES > 4
     _mm_sfence();
 #endif
 }
@@ -139,6 +158,10 @@ inline void finish_past() {
 inline Lanes fused(Lanes a, Lanes b, Lanes c) {
 #if defined(__AVX512F__)
     return (Lanes)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (Lanes)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    return (Lanes)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
     for (int l = 0; l < lanes; ++l) c[l] = __builtin_fmaf(a[l], b[l], c[l]);
     return c;
@@ -146,18 +169,18 @@ inline Lanes fused(Lanes a, Lanes b, Lanes c) {
 }
 inline Lanes all(float x) { return x - Lanes{}; }
 
-// A large result comes from the system page by page, each a fault as costly as the work on it: ask for 2 MiB pages.
-inline void ask_for_large_pages(void* from, int64_t bytes) {
-    constexpr uintptr_t page = 1 << 21;
-    const uintptr_t begin = (reinterpret_cast<uintptr_t>(from) + page - 1) & -page;
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(from) + bytes) & -page;
-    if (from && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-}
-
 constexpr int64_t chunk = 64;  // rows whose part of a parameter's gradient is summed first, whatever the threads
 
 // dtypes as the callers number them
 enum : int64_t { float32 = 0, bfloat16 = 1, float16 = 2 };
+
+// For N rows of `width` numbers that are about to be written, one behind the other or `stride` apart.
+inline void ask_for_large_pages(void* into, int64_t dtype, int64_t N, int64_t width, int64_t stride) {
+    ask_for_large_pages(into, N ? ((N - 1) * stride + width) * (dtype == float32 ? 4 : 2) : 0);
+}
+inline void ask_for_large_pages(void* into, int64_t dtype, int64_t N, int64_t width) {
+    ask_for_large_pages(into, dtype, N, width, width);
+}
 
 template <class T>
 inline void copy_row(T* to, const float* from, int64_t width) {
