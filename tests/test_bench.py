@@ -351,7 +351,15 @@ def test_record(tmp_path, capsys):
     assert run("mgr-step:competitive", "pool:streams", "--dtype", "fp32", "bf16", *NO_COMPILER, out=out) == 0
     record = json.loads(out.read_text())
     assert record["format"] == 1 and record["command"].startswith("depthmix bench mgr-step:competitive")
-    assert set(record["machine"]) >= {"device", "threads", "torch", "commit", "date", "cpu_kernels", "vectors"}
+    assert set(record["machine"]) >= {
+        "device",
+        "threads",
+        "torch",
+        "commit",
+        "date",
+        "cpu_kernels",
+        "vectors",
+    }
     assert set(record["peers"]) == set(peers.PACKAGES)
     assert [(p["case"], p["dtype"]) for p in record["problems"]] == [
         ("mgr-step", "fp32"),
