@@ -133,9 +133,10 @@ def test_saved_bytes_are_those_of_the_file():
             assert cells[column] == f"{row['bytes_per_token']:,} ({row['ratio']:.3f})", name
 
 
-def test_times_of_operations_are_those_of_the_file():
+@pytest.mark.parametrize("name", ["ops-cpu", "ops-cpu-avx2"])
+def test_times_of_operations_are_those_of_the_file(name):
     page = text("bench.md")
-    record = json.loads((ROOT / "benchmarks/results/ops-cpu.json").read_text())
+    record = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
     assert record["command"] in " ".join(page.split())
     for problem in record["problems"]:
         (row,) = (row for row in problem["rows"] if row["candidate"] == "depthmix")
