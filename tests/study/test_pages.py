@@ -175,19 +175,27 @@ def test_findings_are_those_of_the_records():
         for name, row in others.items()
         if row.mean("parameters")[0] < 1.03 * rows["prenorm"].mean("parameters")[0]
     }
-    assert {name for name in small if others[name].verdict == "lower"} == {
-        "hc",
-        "hc-static",
-        "siamese",
-        "denseformer",
-    }
-    assert f"PreNorm with as many (D = 76 instead of 64) gains {ahead['prenorm D=76']:.3f}" in text
+    assert names.done == names.wanted == 39
+    lower = {name for name, row in others.items() if row.verdict == "lower"}
+    assert lower & small == {"hc", "hc-static", "siamese", "denseformer"}
+    assert lower - small == {"prenorm D=76", "highway-additive", "review", "moda"}
+    assert f"PreNorm with about as many (D = 76 instead of 64) gains {ahead['prenorm D=76']:.3f}" in text
     assert ahead["prenorm D=76"] > -lite.difference.mean
     assert f"Hyper-Connections by {ahead['hc']:.3f} (static ones {ahead['hc-static']:.3f})" in text
     assert f"SiameseNorm by {ahead['siamese']:.3f}, DenseFormer by {ahead['denseformer']:.3f}" in text
-    assert f"The additive Review gate, {ahead['review']:.3f} ahead" in text
-    assert others["review"].mean("parameters")[0] > 1.3 * rows["prenorm"].mean("parameters")[0]
-    assert ahead["review"] < 1.05 * ahead["prenorm D=76"]
+    assert (
+        f"additive gates of Review ({ahead['review']:.3f} ahead, a third more parameters) and Highway "
+        f"({ahead['highway-additive']:.3f}, a sixth more), and MoDA ({ahead['moda']:.3f}, a sixth more)"
+        in text
+    )
+    size = {
+        name: row.mean("parameters")[0] / rows["prenorm"].mean("parameters")[0]
+        for name, row in others.items()
+    }
+    assert size["review"] == pytest.approx(4 / 3, abs=0.02)
+    assert size["highway-additive"] == pytest.approx(7 / 6, abs=0.02) == size["moda"]
+    assert all(ahead[name] < ahead["prenorm D=76"] for name in lower - small - {"prenorm D=76"})
+    assert f"mHC's {ahead['mhc']:.3f} is not shown (p = {others['mhc'].p:.3f})" in text
     assert others["highway"].verdict == "higher" and f"as MGR's do, by {-ahead['highway']:.3f}" in text
     assert f"stalls and ends at {others['review-convex'].mean('test_loss')[0]:.1f}" in text
     *unit, review, unit_review = (row for row in scores.rows if row.difference is not None)
