@@ -139,7 +139,7 @@ def test_findings_are_those_of_the_records():
     """Of docs/results.md: which rows differ, by how much, what gates and reads are, and what rates gain."""
     text = " ".join((ROOT / "docs/results.md").read_text(encoding="utf-8").split())
     study = load(ROOT / "studies/tiny.toml")
-    rates, main, scores, names, *_ = tables_of(study, read_records(study.results))
+    rates, main, scores, names, sizes, *_ = tables_of(study, read_records(study.results))
     assert main.done == main.wanted == 45 and scores.done == scores.wanted == 21
     rows = {row.name: row for row in main.rows}
     differences = {name: row.difference.mean for name, row in rows.items() if row.difference is not None}
@@ -198,6 +198,29 @@ def test_findings_are_those_of_the_records():
     assert f"mHC's {ahead['mhc']:.3f} is not shown (p = {others['mhc'].p:.3f})" in text
     assert others["highway"].verdict == "higher" and f"as MGR's do, by {-ahead['highway']:.3f}" in text
     assert f"stalls and ends at {others['review-convex'].mean('test_loss')[0]:.1f}" in text
+    fits = {fit.name: fit for fit in sizes.fits}
+    assert {size for fit in fits.values() for *_, size, _ in fit.points} == {"0.1 M", "0.35 M", "0.8 M"}
+    assert all(len(fit.points) == 9 for fit in fits.values())
+    # A table of sizes, and so of depths, has no figure of what rows do in depth.
+    assert draw_depth(sizes) is None and draw_depth(names) is not None
+    more = [fits[name].multiplier for name in ("attnres-block:blocks=4", "attnres")]
+    gates = [fits[f"mgr-{gate} n=4"] for gate in ("competitive", "independent")]
+    assert (
+        "{:.2f} times the compute for the loss of block Attention Residuals and {:.2f} times".format(
+            *(x.value for x in more)
+        )
+        in text
+    )
+    assert all(x.interval[0] > 1 for x in more)
+    assert "{:.2f} and {:.2f} times for the competitive".format(*(x.multiplier.value for x in gates)) in text
+    assert all(x.multiplier.interval[0] < 1 < x.multiplier.interval[1] for x in gates)
+    slopes = [fit.law.k for fit in (*gates, fits["prenorm"])]
+    assert "({:.3f} and {:.3f}; PreNorm's is {:.3f})".format(*slopes) in text
+    assert all(fit.law.k_low < fits["prenorm"].law.k_high for fit in gates)
+    test_loss = {size: sizes.row("prenorm", size).mean("test_loss")[0] for size in ("0.1 M", "0.8 M")}
+    for gate in gates:
+        assert sizes.row(gate.name, "0.1 M").mean("test_loss")[0] > test_loss["0.1 M"]
+        assert sizes.row(gate.name, "0.8 M").mean("test_loss")[0] < test_loss["0.8 M"]
     *unit, review, unit_review = (row for row in scores.rows if row.difference is not None)
     worse = [round(row.difference.mean, 3) for row in unit]
     assert f"{min(worse):.3f} to {max(worse):.3f} worse than the competitive" in text

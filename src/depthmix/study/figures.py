@@ -101,7 +101,10 @@ IN_DEPTH = (
 
 
 def draw_depth(result: TableResult) -> bytes | None:
-    """What the rows do in depth, one panel a measure; None where nothing is to be compared or recorded."""
+    """What the rows do in depth, one panel a measure; None where nothing is to be compared or recorded.
+
+    Rows of several sizes have several depths, and are not drawn.
+    """
     import matplotlib
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
@@ -110,7 +113,8 @@ def draw_depth(result: TableResult) -> bytes | None:
         for measure, label in IN_DEPTH
     ]
     panels = [panel for panel in panels if panel[2]]
-    if not panels or all(row.difference is None for row in result.rows):
+    compared = result.table.kind == "compare" and any(row.difference is not None for row in result.rows)
+    if not panels or not compared:
         return None
     with matplotlib.rc_context(plots._settings(plots.INK, 9)):
         styles = plots._style([row.name for row in result.rows], result.table.baseline, plots.INK)
