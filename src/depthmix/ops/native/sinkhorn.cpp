@@ -1,4 +1,4 @@
-// Sinkhorn-Knopp on a CPU, in fp32: what ops/sinkhorn.py computes with torch, a register full of matrices at once.
+// Sinkhorn-Knopp on a CPU, in fp32: what ops/sinkhorn.py computes with torch, 16 matrices at once.
 
 #include <vector>
 
@@ -6,15 +6,18 @@
 
 namespace {
 
-// Sinkhorn on `lanes` matrices at once: entry (i, j) of token t at [(i * n + j) * N + t].
+// Matrices at once: sums and reciprocals wait for each other, and those of others fill the time.
+constexpr int together = 16;
+
+// Sinkhorn on so many: entry (i, j) of token t at [(i * n + j) * N + t].
 template <int n>
 struct Block {
-    float entry[n][n][lanes];
+    float entry[n][n][together];
 
     void load(const float* from, int64_t N, int64_t at, int64_t count) {
         for (int i = 0; i < n; ++i)
             for (int j = 0; j < n; ++j)
-                for (int l = 0; l < lanes; ++l) entry[i][j][l] = from[(i * n + j) * N + at + (l < count ? l : 0)];
+                for (int l = 0; l < together; ++l) entry[i][j][l] = from[(i * n + j) * N + at + (l < count ? l : 0)];
     }
     void store(float* to, int64_t N, int64_t at, int64_t count) const {
         for (int i = 0; i < n; ++i)
@@ -23,9 +26,9 @@ struct Block {
     }
     // Multiplies column j (or row i) by 1 / its sum; keeps the factors.
     template <bool columns>
-    void divide(float (*factor)[lanes]) {
+    void divide(float (*factor)[together]) {
         for (int k = 0; k < n; ++k)
-            for (int l = 0; l < lanes; ++l) {
+            for (int l = 0; l < together; ++l) {
                 float total = columns ? entry[0][k][l] : entry[k][0][l];
                 for (int m = 1; m < n; ++m) total += columns ? entry[m][k][l] : entry[k][m][l];
                 const float f = 1.0f / total;
@@ -35,9 +38,9 @@ struct Block {
     }
     // G -> G - M colsum(G) (or rowsum), the gradient of a division, in logarithms; then M as it was before it.
     template <bool columns>
-    void undo(Block& grad, const float (*factor)[lanes]) {
+    void undo(Block& grad, const float (*factor)[together]) {
         for (int k = 0; k < n; ++k)
-            for (int l = 0; l < lanes; ++l) {
+            for (int l = 0; l < together; ++l) {
                 float total = columns ? grad.entry[0][k][l] : grad.entry[k][0][l];
                 for (int m = 1; m < n; ++m) total += columns ? grad.entry[m][k][l] : grad.entry[k][m][l];
                 const float back = factor ? 1.0f / factor[k][l] : 1.0f;
@@ -53,10 +56,10 @@ struct Block {
 template <int n>
 void sinkhorn(int64_t N, int further, int threads, float* matrix) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t at = 0; at < N; at += lanes) {
-        const int64_t count = N - at < lanes ? N - at : lanes;
+    for (int64_t at = 0; at < N; at += together) {
+        const int64_t count = N - at < together ? N - at : together;
         Block<n> block;
-        float factor[n][lanes];
+        float factor[n][together];
         block.load(matrix, N, at, count);
         for (int k = 0; k < further; ++k) {
             block.template divide<true>(factor);
@@ -71,11 +74,11 @@ void sinkhorn_backward(int64_t N, int further, int threads, const float* first, 
                        const float* grad, float* d_log) {
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> kept(2 * n * lanes * (further > 0 ? further : 1));
-        auto factors = reinterpret_cast<float(*)[n][lanes]>(kept.data());
+        std::vector<float> kept(2 * n * together * (further > 0 ? further : 1));
+        auto factors = reinterpret_cast<float(*)[n][together]>(kept.data());
 #pragma omp for schedule(static)
-        for (int64_t at = 0; at < N; at += lanes) {
-            const int64_t count = N - at < lanes ? N - at : lanes;
+        for (int64_t at = 0; at < N; at += together) {
+            const int64_t count = N - at < together ? N - at : together;
             Block<n> block, g, begin;
             block.load(matrix, N, at, count);
             g.load(grad, N, at, count);
@@ -86,7 +89,7 @@ void sinkhorn_backward(int64_t N, int further, int threads, const float* first, 
             }
             for (int i = 0; i < n; ++i)
                 for (int j = 0; j < n; ++j)
-                    for (int l = 0; l < lanes; ++l) g.entry[i][j][l] *= block.entry[i][j][l];
+                    for (int l = 0; l < together; ++l) g.entry[i][j][l] *= block.entry[i][j][l];
             for (int k = further - 1; k >= 0; --k) {
                 block.template undo<false>(g, factors[2 * k + 1]);
                 block.template undo<true>(g, factors[2 * k]);
