@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,28 @@ def test_what_rows_do_in_depth(study_file, tmp_path):
     assert draw_depth(main).startswith(b"\x89PNG") and draw_depth(tables_of(study, records)[0]) is None
 
 
+def test_a_table_with_runs_of_others_alone_waits(study_file, monkeypatch):
+    for name in ("draw", "draw_depth"):
+        monkeypatch.setattr(f"depthmix.study.page.{name}", lambda result: b"drawn")
+    study = load(study_file())
+    records = records_of(study, {name: [{"hidden_rms": [1.0, 8.0]}] * 3 for name in LOSSES})
+    main = tables_of(study, dict([*records.items()][:-1]))[1]
+    assert 0 < main.done < main.wanted
+    again = replace(main, table=replace(main.table, name="again", title="Again"))
+    drawn = dict(drawings([main, again]))
+    assert drawn["main"] and drawn["main-depth"] and drawn["again"] is drawn["again-depth"] is None
+    text = page(study, records, [main, again], {})
+    above, section = text.split("## Again")
+    assert "| `prenorm` |" in above and "those of tables above" not in above
+    assert f"**{main.done} of {main.wanted} runs have ended, all of them those of tables above.**" in section
+    assert "|" not in section
+    # The order decides, and a table that is finished is shown wherever its runs come from.
+    assert dict(drawings([again, main]))["main"] is None
+    whole = tables_of(study, records)[1]
+    assert whole.done == whole.wanted
+    assert all(drawn for _, drawn in drawings([whole, replace(whole, table=again.table)]))
+
+
 def test_findings_are_those_of_the_records():
     """Of docs/results.md: which rows differ, by how much, what gates and reads are, and what rates gain."""
     text = " ".join((ROOT / "docs/results.md").read_text(encoding="utf-8").split())
@@ -231,8 +254,27 @@ def test_findings_are_those_of_the_records():
     sources = {row.name: np.nanmean(row.depth("sources")) for row in unit}
     assert all(value < (3.5 if "n=4" in name else 6.5) for name, value in sources.items())
     study = load(ROOT / "studies/ablations.toml")
-    init = tables_of(study, read_records(study.results))[0]
+    init, bias, *_ = tables_of(study, read_records(study.results))
     assert init.done == init.wanted == 12 and {row.verdict for row in init.rows} == {"none"}
     *_, eight, eight_one = (row.mean("test_loss")[0] for row in init.rows)
     behind, ahead = init.rows[1].difference.mean, eight - eight_one
     assert f"{behind:.3f} behind at four streams and {ahead:.3f} ahead at eight" in text
+    assert bias.done == bias.wanted == 18
+    rows = {row.name: row for row in bias.rows}
+    for sign, words in (
+        (-2, "costs the competitive gate {:.3f} and the independent one {:.3f}"),
+        (-4, "costs them {:.3f} and {:.3f}"),
+    ):
+        costs = [
+            rows[f"{gate} {sign}"].mean("test_loss")[0] - rows[f"{gate} -3"].mean("test_loss")[0]
+            for gate in ("competitive", "independent")
+        ]
+        assert words.format(*costs) in text
+        assert all(rows[f"{gate} {sign}"].verdict == "higher" for gate in ("competitive", "independent"))
+    assert f"with -3: {max(row.p for row in rows.values() if row.verdict == 'higher'):.3f} and less)" in text
+    for name, row in rows.items():
+        gate, gradient = np.nanmean(row.depth("gate_mean")), row.depth("gradient_rms")
+        low, high = {"-2": (0.6, 1.1), "-3": (3.5, 5.5), "-4": (9.5, 11)}[name[-2:]]
+        assert low < gradient[0] / gradient[-1] < high
+        base = np.nanmean(rows[f"{name[:-3]} -3"].depth("gate_mean"))
+        assert gate / base == pytest.approx({"-2": 2.3, "-3": 1, "-4": 0.5}[name[-2:]], rel=0.2)

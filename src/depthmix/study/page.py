@@ -37,9 +37,23 @@ def write_page(study: Study, records: Mapping[str, Record]) -> Path:
 
 def drawings(results: list[TableResult]) -> Iterator[tuple[str, bytes | None]]:
     """Name and PNG of every figure; None of one that has nothing to show yet."""
+    waiting = _waiting(results)
     for result in results:
-        yield result.table.name, draw(result)
-        yield f"{result.table.name}-depth", draw_depth(result)
+        name = result.table.name
+        yield name, None if name in waiting else draw(result)
+        yield f"{name}-depth", None if name in waiting else draw_depth(result)
+
+
+def _waiting(results: list[TableResult]) -> set[str]:
+    """Unfinished tables that have no runs yet but those of tables before them: nothing of what they ask is known."""
+    waiting: set[str] = set()
+    before: set[str] = set()
+    for result in results:
+        own = {run.key for row in result.rows for run in row.runs.values()}
+        if result.done < result.wanted and own <= before:
+            waiting.add(result.table.name)
+        before |= own
+    return waiting
 
 
 def page(
@@ -48,8 +62,9 @@ def page(
     """The Markdown. ``figures``: name as in :func:`drawings` -> path of the figure from the page."""
     used = {run.key: run for result in results for row in result.rows for run in row.runs.values()}
     parts = [f"# {study.title}", study.text, _made(study, used), _how(study, used)]
+    waiting = _waiting(results)
     for result in results:
-        parts += _section(result, figures)
+        parts += _section(result, figures, result.table.name in waiting)
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -107,8 +122,13 @@ def _how(study: Study, used: Mapping[str, Record]) -> str:
     )
 
 
-def _section(result: TableResult, figures: dict[str, str]) -> list[str]:
+def _section(result: TableResult, figures: dict[str, str], waiting: bool) -> list[str]:
     table = result.table
+    if waiting:
+        shared = ", all of them those of tables above" if result.done else ""
+        return [
+            f"## {table.title}", table.text, f"**{result.done} of {result.wanted} runs have ended{shared}.**"
+        ]  # fmt: skip
     parts = [f"## {table.title}", table.text, _state(result)]
     if result.done:
         parts.append({"compare": _compare, "tune": _tune, "scaling": _scaling}[table.kind](result))
