@@ -150,6 +150,26 @@ def test_times_of_operations_are_those_of_the_file(name):
         assert [n, f"{both['ms']:.1f}", f"{both['copies']:.1f}", *over] in found
 
 
+def test_what_shorter_vectors_gain_is_that_of_the_files():
+    took = {}
+    for name in ("ops-cpu-avx2", "ops-cpu-avx2-before"):
+        for problem in json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())["problems"]:
+            (row,) = (row for row in problem["rows"] if row["candidate"] == "depthmix")
+            took.setdefault(problem["case"], []).append(row["modes"]["both"]["ms"])
+    gains = {
+        case: sorted(
+            before / after for after, before in zip(ms[: len(ms) // 2], ms[len(ms) // 2 :], strict=True)
+        )
+        for case, ms in took.items()
+    }
+    step, window, gate = (gains[case] for case in ("mgr-step", "mgr-step-window", "channel-gate"))
+    pools = sorted(gains["pool"] + gains["attnres-block-two-phase"])
+    assert (
+        f"{step[0]:.1f} to {step[-1]:.1f} times as long for a step, {window[0]:.1f} times for the window, "
+        f"{pools[0]:.1f} to {pools[-1]:.1f} times for pools and {gate[0]:.1f} to {gate[-1]:.1f} times for channel gates"
+    ) in " ".join(text("bench.md").split())
+
+
 def test_the_watched_run_is_that_of_its_files():
     import io
 
