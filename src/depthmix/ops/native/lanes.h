@@ -1,4 +1,5 @@
-// What the kernels share: vectors of fp32 numbers, their exponential, dot products, large pages, and the choice of a template by n.
+// What the kernels share: vectors of fp32 numbers, their exponential, dot products, large pages, the choice of a template
+// by n.
 
 #pragma once
 
