@@ -1,5 +1,7 @@
 """Truths from outside: torch.optim.Muon, torch.optim.AdamW, the SVD, and the polynomials themselves."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -227,12 +229,13 @@ def test_agrees_with_torch_adamw(fused, ulps):
             assert ((parameter - other).abs() <= ulps * 2**-23 * other.abs().clamp(min=0.1)).all(), name
 
 
+@pytest.mark.parametrize("factor", [4.0, 0.0])
 @pytest.mark.parametrize("residual", ["mgr-competitive", "hc", "moda"])
-def test_the_connection_at_a_rate_of_its_own(residual):
+def test_the_connection_at_a_rate_of_its_own(residual, factor):
     """Gates, pools and mixing matrices as torch's AdamW of another rate steps them; all else as without."""
     model_config = GPTConfig(16, 4, 8, 2, 8, residual=residual, n_streams=2)
     ours, theirs, plain = (GPT(model_config, seed=0) for _ in range(3))
-    optimizer = build_optimizer(ours, OptimConfig(lr=0.01, connection_lr=4.0))
+    optimizer = build_optimizer(ours, OptimConfig(lr=0.01, connection_lr=factor))
     usual = build_optimizer(plain, OptimConfig(lr=0.01))
     assert [g["kind"] for g in usual.param_groups] == ["muon", "adamw", "adamw_no_decay"]
     own = {
@@ -257,7 +260,7 @@ def test_the_connection_at_a_rate_of_its_own(residual):
         for model in (ours, theirs, plain):
             give_gradients(model.parameters(), step)
         for group in reference.param_groups:
-            group["lr"] = 0.01 * 4.0 * (step + 1) / 4
+            group["lr"] = 0.01 * factor * (step + 1) / 4
         for each in (optimizer, usual):
             each.set_lr_fraction((step + 1) / 4)
             each.step()
@@ -266,6 +269,12 @@ def test_the_connection_at_a_rate_of_its_own(residual):
         same = theirs if name in own else plain
         assert torch.equal(parameter, same.get_parameter(name)), name
         assert (name in own) == (not torch.equal(parameter, plain.get_parameter(name))), name
+
+
+@pytest.mark.parametrize("factor", [-1.0, math.inf, math.nan])
+def test_a_factor_that_is_none(factor):
+    with pytest.raises(ValueError, match=f"connection_lr must be 0 or more and finite, got {factor}"):
+        OptimConfig(connection_lr=factor)
 
 
 def test_low_precision_weights_have_fp32_masters():

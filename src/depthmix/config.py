@@ -221,7 +221,8 @@ class OptimConfig:
     muon_lr: float = 1e-2
     """Peak learning rate of Muon: 2-D matrices of the trunk."""
     connection_lr: float = 1.0
-    """Factor on AdamW's learning rate for the residual connection's own parameters: gates, pools, mixing matrices."""
+    """Factor on AdamW's learning rate for the residual connection's own parameters: gates, pools, mixing matrices; 0
+    leaves them as they begin."""
     weight_decay: float = 0.1
     """Decoupled weight decay of 2-D parameters; 1-D parameters have none."""
     beta1: float = 0.9
@@ -238,9 +239,13 @@ class OptimConfig:
     """Where the cosine ends, as a share of the peak."""
 
     def __post_init__(self) -> None:
-        for name in ("lr", "muon_lr", "connection_lr"):
+        for name in ("lr", "muon_lr"):
             value = getattr(self, name)
             _need(value > 0 and math.isfinite(value), f"{name} must be positive, got {value}")
+        factor = self.connection_lr
+        _need(
+            factor >= 0 and math.isfinite(factor), f"connection_lr must be 0 or more and finite, got {factor}"
+        )
         for name in ("weight_decay", "grad_clip", "warmup_steps"):
             _need(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("beta1", "beta2", "muon_momentum"):
