@@ -1,6 +1,7 @@
 """The pages of docs/results are those that their files make."""
 
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from depthmix import gate_bias_init
 from depthmix.study import load, read_records
 from depthmix.study.declare import Point
 from depthmix.study.figures import draw_depth
@@ -249,12 +251,12 @@ def test_findings_are_those_of_the_records():
     assert f"{min(worse):.3f} to {max(worse):.3f} worse than the competitive" in text
     assert {row.verdict for row in (*unit, review)} == {"none"} and unit_review.p < 0.001
     assert f"without the division is worse by {unit_review.difference.mean:.3f} (p < 0.001)" in text
-    assert f"({review.difference.mean:.3f} behind it, within the error)" in text
+    assert f"in the tiny study it is {review.difference.mean:.3f} behind, within the error too" in text
     assert all(0.55 < np.nanmax(row.depth("gate_max")) < 0.95 for row in unit)
     sources = {row.name: np.nanmean(row.depth("sources")) for row in unit}
     assert all(value < (3.5 if "n=4" in name else 6.5) for name, value in sources.items())
     study = load(ROOT / "studies/ablations.toml")
-    init, bias, *_ = tables_of(study, read_records(study.results))
+    init, bias, _, score, last, _, streams, review, rate, _ = tables_of(study, read_records(study.results))
     assert {row.verdict for row in init.rows[:4]} == {"none"}
     _, _, eight, eight_one = (row.mean("test_loss")[0] for row in init.rows[:4])
     behind, ahead = init.rows[1].difference.mean, eight - eight_one
@@ -278,3 +280,56 @@ def test_findings_are_those_of_the_records():
         assert low < gradient[0] / gradient[-1] < high
         base = np.nanmean(rows[f"{name[:-3]} -3"].depth("gate_mean"))
         assert gate / base == pytest.approx({"-2": 2.3, "-3": 1, "-4": 0.5}[name[-2:]], rel=0.2)
+    mean = {
+        table.table.name: {row.name: row.mean("test_loss")[0] for row in table.rows}
+        for table in (score, last, streams, review, rate)
+    }
+    assert all(table.done == table.wanted for table in (score, last, streams, review, rate))
+    verdicts = {row.name: row.verdict for table in (score, last, review) for row in table.rows}
+    assert set(verdicts.values()) == {"none"}
+
+    found = mean["connection-rate"]
+    rows = {row.name: row for row in rate.rows}
+    assert {name for name, row in rows.items() if row.verdict != "none"} == {"competitive x 16"}
+    behind = [found[f"{gate} x 0"] - found[f"{gate} x 1"] for gate in ("competitive", "independent")]
+    assert f"{-behind[0]:.3f} ahead of the competitive gate that learns" in text
+    assert f"independent gate {behind[1]:.3f} behind, which the error does not tell from nothing" in text
+    most = [rows[f"{gate} x 16"] for gate in ("competitive", "independent")]
+    assert f"sixteen times is {most[0].difference.mean:.3f} behind" in text and most[0].p < 0.001
+    assert (
+        f"{most[1].difference.mean:.3f} with the independent one (p < 0.001 and p = {most[1].p:.3f})" in text
+    )
+    fixed = rows["competitive x 0"]
+    assert f"at {np.nanmean(fixed.depth('gate_mean')):.3f}" in text
+    assert np.nanmax(fixed.depth("gate_max")) == np.nanmin(fixed.depth("gate_mean"))
+
+    found = mean["streams"]
+    rows = {row.name: row for row in streams.rows}
+    assert {n for n, row in rows.items() if row.verdict != "none"} == {"competitive n=1", "independent n=16"}
+    one = [found[f"{gate} n=1"] - found[f"{gate} n=4"] for gate in ("competitive", "independent")]
+    assert f"{one[0]:.3f} behind four with the competitive gate (p = {rows['competitive n=1'].p:.3f})" in text
+    assert f"and {one[1]:.3f} behind with the independent one, which is not shown" in text
+    many = rows["independent n=16"]
+    assert (
+        f"{many.difference.mean:.3f} behind the competitive gate's four (p < 0.001)" in text
+        and many.p < 0.001
+    )
+    assert f"lets its gates begin at {1 / (1 + math.exp(gate_bias_init(32 - 15, 16))):.2f}." in text
+
+    found = mean["last-read"]
+    assert f"{found['competitive, pool'] - found['competitive, mean']:.3f} ahead" in text
+    assert 0 < found["independent, mean"] - found["independent, pool"] < 0.001
+    found = mean["score-scale"]
+    undivided = [found[f"{gate}, 1"] - found[f"{gate}, 1/sqrt(D)"] for gate in ("competitive", "independent")]
+    assert "Scores that are not divided are {:.3f} and {:.3f} behind".format(*undivided) in text
+    found = mean["review"]
+    seen = (
+        found["mgr-review"] - found["mgr-competitive"],
+        found["mgr-review:gate=independent"] - found["mgr-independent"],
+    )
+    assert (
+        "`mgr-review` is {:.3f} behind the competitive gate and, with independent gates, {:.3f} behind".format(
+            *seen
+        )
+        in text
+    )
