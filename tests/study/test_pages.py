@@ -256,11 +256,22 @@ def test_findings_are_those_of_the_records():
     sources = {row.name: np.nanmean(row.depth("sources")) for row in unit}
     assert all(value < (3.5 if "n=4" in name else 6.5) for name, value in sources.items())
     study = load(ROOT / "studies/ablations.toml")
-    init, bias, _, score, last, _, streams, review, rate, _ = tables_of(study, read_records(study.results))
-    assert {row.verdict for row in init.rows[:4]} == {"none"}
-    _, _, eight, eight_one = (row.mean("test_loss")[0] for row in init.rows[:4])
-    behind, ahead = init.rows[1].difference.mean, eight - eight_one
-    assert f"{behind:.3f} behind at four streams and {ahead:.3f} ahead at eight" in text
+    init, bias, dtype, score, last, _, streams, review, rate, _ = tables_of(
+        study, read_records(study.results)
+    )
+    assert init.done == init.wanted == 18
+    four, four_one, eight, eight_one, many, many_one = (row.mean("test_loss")[0] for row in init.rows)
+    assert f"{four_one - four:.3f} behind at four streams and {eight - eight_one:.3f} ahead at eight" in text
+    assert [row.name for row in init.rows if row.verdict != "none"] == ["n=16, n in Eq. 14"]
+    assert init.rows[4].p < 0.001 and f"is {many - four:.3f} behind four streams (p < 0.001)" in text
+    assert f"and {many_one - four:.3f} is left, within the error" in text
+    begin = [1 / (1 + math.exp(gate_bias_init(32 - 15, n))) for n in (16, 1)]
+    assert f"begin at {begin[0]:.2f} and is" in text and f"they begin at {begin[1]:.2f}," in text
+    assert dtype.done == dtype.wanted == 12 and {row.verdict for row in dtype.rows} == {"none"}
+    _, *others = dtype.rows
+    beside, autocast, both = (row.difference.mean for row in others)
+    assert f"beside fp32 they are {-beside:.3f} ahead (p = {others[0].p:.3f})" in text
+    assert f"beside autocast {both - autocast:.3f} behind; autocast itself is {autocast:.3f} behind" in text
     assert bias.done == bias.wanted == 18
     rows = {row.name: row for row in bias.rows}
     for sign, words in (
@@ -309,12 +320,6 @@ def test_findings_are_those_of_the_records():
     one = [found[f"{gate} n=1"] - found[f"{gate} n=4"] for gate in ("competitive", "independent")]
     assert f"{one[0]:.3f} behind four with the competitive gate (p = {rows['competitive n=1'].p:.3f})" in text
     assert f"and {one[1]:.3f} behind with the independent one, which is not shown" in text
-    many = rows["independent n=16"]
-    assert (
-        f"{many.difference.mean:.3f} behind the competitive gate's four (p < 0.001)" in text
-        and many.p < 0.001
-    )
-    assert f"lets its gates begin at {1 / (1 + math.exp(gate_bias_init(32 - 15, 16))):.2f}." in text
 
     found = mean["last-read"]
     assert f"{found['competitive, pool'] - found['competitive, mean']:.3f} ahead" in text
