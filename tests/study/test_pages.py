@@ -256,9 +256,8 @@ def test_findings_are_those_of_the_records():
     sources = {row.name: np.nanmean(row.depth("sources")) for row in unit}
     assert all(value < (3.5 if "n=4" in name else 6.5) for name, value in sources.items())
     study = load(ROOT / "studies/ablations.toml")
-    init, bias, dtype, score, last, _, streams, review, rate, _ = tables_of(
-        study, read_records(study.results)
-    )
+    records = read_records(study.results)
+    init, bias, dtype, score, last, separate, streams, review, rate, memory = tables_of(study, records)
     assert init.done == init.wanted == 18
     four, four_one, eight, eight_one, many, many_one = (row.mean("test_loss")[0] for row in init.rows)
     assert f"{four_one - four:.3f} behind at four streams and {eight - eight_one:.3f} ahead at eight" in text
@@ -337,4 +336,33 @@ def test_findings_are_those_of_the_records():
             *seen
         )
         in text
+    )
+
+    assert separate.done == separate.wanted == 21 and {row.verdict for row in separate.rows} == {"none"}
+    found = {row.name: row.mean("test_loss")[0] for row in separate.rows}
+    four, eight, independent = (
+        found[f"{kind}, separate"] - found[f"{kind}, together"]
+        for kind in ("competitive n=4", "competitive n=8", "independent n=4")
+    )
+    assert f"four streams are {four:.3f} behind and eight {eight:.3f}; with the independent" in text
+    assert f"gate four are {-independent:.3f} ahead;" in text
+    alike = separate.row("competitive n=4, separate, gates as together")
+    assert f"streams do, {alike.difference.mean:.3f} behind (p = {alike.p:.3f})" in text
+
+    assert memory.done == memory.wanted == 27 and {row.verdict for row in memory.rows} == {"none"}
+    curves = {
+        (use.row, use.seed): np.array(records[cell.key].values["curve"]["train_loss"])
+        for use, cell in study.uses(memory.table, {})
+    }
+    apart, seeds = [], []
+    for row in {row: None for row, _ in curves}:
+        kept = "replay" if row.startswith("inversion") else f"{row.split(',')[0]}, replay"
+        if "inversion" in row:
+            apart.append(np.mean([abs(curves[row, seed] - curves[kept, seed]).mean() for seed in range(3)]))
+        else:
+            pairs = ((0, 1), (0, 2), (1, 2))
+            seeds.append(np.mean([abs(curves[row, a] - curves[row, b]).mean() for a, b in pairs]))
+    assert (
+        f"the six are {min(apart):.3f} to {max(apart):.3f} nats from replay with the same seed, where two seeds of "
+        f"one row are {min(seeds):.3f} to {max(seeds):.3f} apart" in text
     )
