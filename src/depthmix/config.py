@@ -221,7 +221,7 @@ class OptimConfig:
     muon_lr: float = 1e-2
     """Peak learning rate of Muon: 2-D matrices of the trunk."""
     connection_lr: float = 1.0
-    """Factor on AdamW's learning rate for the residual connection's own parameters: gates, pools, mixing matrices; 0
+    """Factor on AdamW's learning rate for what it steps of the residual connection: gates, pools, mixing matrices; 0
     leaves them as they begin."""
     weight_decay: float = 0.1
     """Decoupled weight decay of 2-D parameters; 1-D parameters have none."""

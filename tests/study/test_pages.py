@@ -160,9 +160,14 @@ def test_a_table_with_runs_of_others_alone_waits(study_file, monkeypatch):
     assert all(drawn for _, drawn in drawings([whole, replace(whole, table=again.table)]))
 
 
-def test_findings_are_those_of_the_records():
-    """Of docs/results.md: which rows differ, by how much, what gates and reads are, and what rates gain."""
-    text = " ".join((ROOT / "docs/results.md").read_text(encoding="utf-8").split())
+@pytest.fixture
+def text():
+    """Of docs/results.md, on one line."""
+    return " ".join((ROOT / "docs/results.md").read_text(encoding="utf-8").split())
+
+
+def test_findings_of_the_tiny_study(text):
+    """Which rows differ, by how much, what gates and reads are, what rates and compute gain."""
     study = load(ROOT / "studies/tiny.toml")
     rates, main, scores, names, sizes, *_ = tables_of(study, read_records(study.results))
     assert main.done == main.wanted == 45 and scores.done == scores.wanted == 21
@@ -255,32 +260,45 @@ def test_findings_are_those_of_the_records():
     assert all(0.55 < np.nanmax(row.depth("gate_max")) < 0.95 for row in unit)
     sources = {row.name: np.nanmean(row.depth("sources")) for row in unit}
     assert all(value < (3.5 if "n=4" in name else 6.5) for name, value in sources.items())
+
+
+@pytest.fixture(scope="module")
+def ablations():
+    """The study, its records and its tables by name, all of them complete."""
     study = load(ROOT / "studies/ablations.toml")
     records = read_records(study.results)
-    init, bias, dtype, score, last, separate, streams, review, rate, memory = tables_of(study, records)
-    assert init.done == init.wanted == 18
-    four, four_one, eight, eight_one, many, many_one = (row.mean("test_loss")[0] for row in init.rows)
+    tables = {result.table.name: result for result in tables_of(study, records)}
+    assert all(result.done == result.wanted for result in tables.values())
+    return study, records, tables
+
+
+def losses(result):
+    """Mean test loss of each row."""
+    return {row.name: row.mean("test_loss")[0] for row in result.rows}
+
+
+def shown(result):
+    """Rows that differ from the table's first."""
+    return {row.name for row in result.rows if row.verdict != "none"}
+
+
+def test_findings_on_gates_at_the_start(text, ablations):
+    """Eq. 14 with n or 1, and its base bias."""
+    _, _, tables = ablations
+    init, bias = tables["independent-init"], tables["base-bias"]
+    four, four_one, eight, eight_one, many, many_one = losses(init).values()
     assert f"{four_one - four:.3f} behind at four streams and {eight - eight_one:.3f} ahead at eight" in text
-    assert [row.name for row in init.rows if row.verdict != "none"] == ["n=16, n in Eq. 14"]
-    assert init.rows[4].p < 0.001 and f"is {many - four:.3f} behind four streams (p < 0.001)" in text
+    assert shown(init) == {"n=16, n in Eq. 14"} and init.row("n=16, n in Eq. 14").p < 0.001
+    assert f"is {many - four:.3f} behind four streams (p < 0.001)" in text
     assert f"and {many_one - four:.3f} is left, within the error" in text
     begin = [1 / (1 + math.exp(gate_bias_init(32 - 15, n))) for n in (16, 1)]
     assert f"begin at {begin[0]:.2f} and is" in text and f"they begin at {begin[1]:.2f}," in text
-    assert dtype.done == dtype.wanted == 12 and {row.verdict for row in dtype.rows} == {"none"}
-    _, *others = dtype.rows
-    beside, autocast, both = (row.difference.mean for row in others)
-    assert f"beside fp32 they are {-beside:.3f} ahead (p = {others[0].p:.3f})" in text
-    assert f"beside autocast {both - autocast:.3f} behind; autocast itself is {autocast:.3f} behind" in text
-    assert bias.done == bias.wanted == 18
-    rows = {row.name: row for row in bias.rows}
+    rows, found = {row.name: row for row in bias.rows}, losses(bias)
     for sign, words in (
         (-2, "costs the competitive gate {:.3f} and the independent one {:.3f}"),
         (-4, "costs them {:.3f} and {:.3f}"),
     ):
-        costs = [
-            rows[f"{gate} {sign}"].mean("test_loss")[0] - rows[f"{gate} -3"].mean("test_loss")[0]
-            for gate in ("competitive", "independent")
-        ]
+        costs = [found[f"{gate} {sign}"] - found[f"{gate} -3"] for gate in ("competitive", "independent")]
         assert words.format(*costs) in text
         assert all(rows[f"{gate} {sign}"].verdict == "higher" for gate in ("competitive", "independent"))
     assert f"with -3: {max(row.p for row in rows.values() if row.verdict == 'higher'):.3f} and less)" in text
@@ -290,20 +308,26 @@ def test_findings_are_those_of_the_records():
         assert low < gradient[0] / gradient[-1] < high
         base = np.nanmean(rows[f"{name[:-3]} -3"].depth("gate_mean"))
         assert gate / base == pytest.approx({"-2": 2.3, "-3": 1, "-4": 0.5}[name[-2:]], rel=0.2)
-    mean = {
-        table.table.name: {row.name: row.mean("test_loss")[0] for row in table.rows}
-        for table in (score, last, streams, review, rate)
-    }
-    assert all(table.done == table.wanted for table in (score, last, streams, review, rate))
-    verdicts = {row.name: row.verdict for table in (score, last, review) for row in table.rows}
-    assert set(verdicts.values()) == {"none"}
 
-    found = mean["connection-rate"]
+
+def test_findings_on_gates_that_learn(text, ablations):
+    """The rate of gates and pools, scores with and without the division, gates that see the update."""
+    study, records, tables = ablations
+    rate, score, review = (tables[name] for name in ("connection-rate", "score-scale", "review"))
+    assert shown(score) == shown(review) == set()
+    found = losses(rate)
     rows = {row.name: row for row in rate.rows}
-    assert {name for name, row in rows.items() if row.verdict != "none"} == {"competitive x 16"}
+    assert shown(rate) == {"competitive x 16"}
     behind = [found[f"{gate} x 0"] - found[f"{gate} x 1"] for gate in ("competitive", "independent")]
     assert f"{-behind[0]:.3f} ahead of the competitive gate that learns" in text
-    assert f"independent gate {behind[1]:.3f} behind, which the error does not tell from nothing" in text
+    assert f"it is {behind[1]:.3f} behind, in every seed, which is not shown" in text
+    each = {}
+    for use, cell in study.uses(rate.table, {}):
+        each.setdefault(use.row, {})[use.seed] = records[cell.key].values["test_loss"]
+    assert all(each["independent x 0"][seed] > loss for seed, loss in each["independent x 1"].items())
+    without = {name: of_seeds for name, of_seeds in each.items() if not name.endswith("x 16")}
+    p = pooled(without, "independent x 1")["independent x 0"].p
+    assert f"(p = {p:.3f} before any correction" in text
     most = [rows[f"{gate} x 16"] for gate in ("competitive", "independent")]
     assert f"sixteen times is {most[0].difference.mean:.3f} behind" in text and most[0].p < 0.001
     assert (
@@ -312,21 +336,10 @@ def test_findings_are_those_of_the_records():
     fixed = rows["competitive x 0"]
     assert f"at {np.nanmean(fixed.depth('gate_mean')):.3f}" in text
     assert np.nanmax(fixed.depth("gate_max")) == np.nanmin(fixed.depth("gate_mean"))
-
-    found = mean["streams"]
-    rows = {row.name: row for row in streams.rows}
-    assert {n for n, row in rows.items() if row.verdict != "none"} == {"competitive n=1", "independent n=16"}
-    one = [found[f"{gate} n=1"] - found[f"{gate} n=4"] for gate in ("competitive", "independent")]
-    assert f"{one[0]:.3f} behind four with the competitive gate (p = {rows['competitive n=1'].p:.3f})" in text
-    assert f"and {one[1]:.3f} behind with the independent one, which is not shown" in text
-
-    found = mean["last-read"]
-    assert f"{found['competitive, pool'] - found['competitive, mean']:.3f} ahead" in text
-    assert 0 < found["independent, mean"] - found["independent, pool"] < 0.001
-    found = mean["score-scale"]
+    found = losses(score)
     undivided = [found[f"{gate}, 1"] - found[f"{gate}, 1/sqrt(D)"] for gate in ("competitive", "independent")]
     assert "Scores that are not divided are {:.3f} and {:.3f} behind".format(*undivided) in text
-    found = mean["review"]
+    found = losses(review)
     seen = (
         found["mgr-review"] - found["mgr-competitive"],
         found["mgr-review:gate=independent"] - found["mgr-independent"],
@@ -338,8 +351,25 @@ def test_findings_are_those_of_the_records():
         in text
     )
 
-    assert separate.done == separate.wanted == 21 and {row.verdict for row in separate.rows} == {"none"}
-    found = {row.name: row.mean("test_loss")[0] for row in separate.rows}
+
+def test_findings_on_streams(text, ablations):
+    """How many, what is read of them at the end, and what each takes in."""
+    _, _, tables = ablations
+    streams, last, separate = (tables[name] for name in ("streams", "last-read", "separate-streams"))
+    found = losses(streams)
+    assert shown(streams) == {"competitive n=1", "independent n=16"}
+    one = [found[f"{gate} n=1"] - found[f"{gate} n=4"] for gate in ("competitive", "independent")]
+    assert (
+        f"{one[0]:.3f} behind four with the competitive gate (p = {streams.row('competitive n=1').p:.3f})"
+        in text
+    )
+    assert f"and {one[1]:.3f} behind with the independent one, which is not shown" in text
+
+    found = losses(last)
+    assert shown(last) == shown(separate) == set()
+    assert f"{found['competitive, pool'] - found['competitive, mean']:.3f} ahead" in text
+    assert 0 < found["independent, mean"] - found["independent, pool"] < 0.001
+    found = losses(separate)
     four, eight, independent = (
         found[f"{kind}, separate"] - found[f"{kind}, together"]
         for kind in ("competitive n=4", "competitive n=8", "independent n=4")
@@ -349,7 +379,16 @@ def test_findings_are_those_of_the_records():
     alike = separate.row("competitive n=4, separate, gates as together")
     assert f"streams do, {alike.difference.mean:.3f} behind (p = {alike.p:.3f})" in text
 
-    assert memory.done == memory.wanted == 27 and {row.verdict for row in memory.rows} == {"none"}
+
+def test_findings_on_how_streams_are_kept(text, ablations):
+    """In which precision, replayed or inverted."""
+    study, records, tables = ablations
+    dtype, memory = tables["stream-dtype"], tables["stream-memory"]
+    assert shown(dtype) == shown(memory) == set()
+    _, *others = dtype.rows
+    beside, autocast, both = (row.difference.mean for row in others)
+    assert f"beside fp32 they are {-beside:.3f} ahead (p = {others[0].p:.3f})" in text
+    assert f"beside autocast {both - autocast:.3f} behind; autocast itself is {autocast:.3f} behind" in text
     curves = {
         (use.row, use.seed): np.array(records[cell.key].values["curve"]["train_loss"])
         for use, cell in study.uses(memory.table, {})
