@@ -150,14 +150,18 @@ def test_a_table_with_runs_of_others_alone_waits(study_file, monkeypatch):
     assert drawn["main"] and drawn["main-depth"] and drawn["again"] is drawn["again-depth"] is None
     text = page(study, records, [main, again], {})
     above, section = text.split("## Again")
-    assert "| `prenorm` |" in above and "those of tables above" not in above
-    assert f"**{main.done} of {main.wanted} runs have ended, all of them those of tables above.**" in section
+    assert "| `prenorm` |" in above and "those of other tables" not in above
+    assert f"**{main.done} of {main.wanted} runs have ended, all of them those of other tables.**" in section
     assert "|" not in section
-    # The order decides, and a table that is finished is shown wherever its runs come from.
+    # Of two unfinished tables the first has the runs.
     assert dict(drawings([again, main]))["main"] is None
+    # What is finished is shown wherever its runs come from, and they are its own wherever it stands.
     whole = tables_of(study, records)[1]
     assert whole.done == whole.wanted
-    assert all(drawn for _, drawn in drawings([whole, replace(whole, table=again.table)]))
+    finished = replace(whole, table=again.table)
+    assert all(drawn for _, drawn in drawings([whole, finished]))
+    drawn = dict(drawings([main, finished]))
+    assert drawn["main"] is None and drawn["again"]
 
 
 @pytest.fixture

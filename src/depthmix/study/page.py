@@ -45,14 +45,20 @@ def drawings(results: list[TableResult]) -> Iterator[tuple[str, bytes | None]]:
 
 
 def _waiting(results: list[TableResult]) -> set[str]:
-    """Unfinished tables that have no runs yet but those of tables before them: nothing of what they ask is known."""
+    """Unfinished tables without a run of their own: nothing of what they ask is known.
+
+    A run belongs to the finished tables that use it, or else to the first of the unfinished.
+    """
+    runs = {
+        result.table.name: {run.key for row in result.rows for run in row.runs.values()} for result in results
+    }
+    unfinished = [result.table.name for result in results if result.done < result.wanted]
+    taken = set().union(*(keys for name, keys in runs.items() if name not in unfinished))
     waiting: set[str] = set()
-    before: set[str] = set()
-    for result in results:
-        own = {run.key for row in result.rows for run in row.runs.values()}
-        if result.done < result.wanted and own <= before:
-            waiting.add(result.table.name)
-        before |= own
+    for name in unfinished:
+        if runs[name] <= taken:
+            waiting.add(name)
+        taken |= runs[name]
     return waiting
 
 
@@ -125,7 +131,7 @@ def _how(study: Study, used: Mapping[str, Record]) -> str:
 def _section(result: TableResult, figures: dict[str, str], waiting: bool) -> list[str]:
     table = result.table
     if waiting:
-        shared = ", all of them those of tables above" if result.done else ""
+        shared = ", all of them those of other tables" if result.done else ""
         return [
             f"## {table.title}", table.text, f"**{result.done} of {result.wanted} runs have ended{shared}.**"
         ]  # fmt: skip
