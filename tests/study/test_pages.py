@@ -266,6 +266,40 @@ def test_findings_of_the_tiny_study(text):
     assert all(value < (3.5 if "n=4" in name else 6.5) for name, value in sources.items())
 
 
+def test_findings_on_rates(text):
+    """What each row loses at which rates, by the validation loss of one seed."""
+    study = load(ROOT / "studies/tiny.toml")
+    own = tables_of(study, read_records(study.results))[5]
+    assert (
+        own.table.name == "own-rates"
+        and own.done == own.wanted == 54
+        and not any(r.diverged for r in own.rows)
+    )
+    loss = {(row.name, row.point): row.mean("val_loss")[0] for row in own.rows}
+    rows = [row.name for row in own.table.rows]
+    ahead = {
+        point.name: {name: loss["prenorm", point.name] - loss[name, point.name] for name in rows[1:]}
+        for point in own.table.points
+    }
+    assert all(max(ahead[point].values()) < 0 for point in ("x 1/4", "x 1/2", "x 1"))
+    leading = [value for value in ahead["x 2"].values() if value > 0]
+    assert len(leading) == 7 and own.best["prenorm"].name == "x 2"
+    assert f"seven of the other eight are ahead of it, by up to {max(leading):.3f};" in text
+    attention = [name for name in rows if name.startswith("attnres")]
+    gates = [name for name in rows if name.startswith("mgr-")]
+    four = sorted(ahead["x 4"][name] for name in ("mhc-lite", *gates))
+    assert len(gates) == 4 and f"are, by {four[0]:.3f} to {four[-1]:.3f}, and" in text
+    behind = sorted(-ahead["x 4"][name] for name in attention)
+    assert f"full and block, are {behind[0]:.3f} to {behind[-1]:.3f} behind" in text
+    more = {name: loss[name, "x 4"] - loss[name, "x 2"] for name in rows}
+    moved, lost = sorted(more[name] for name in gates), sorted(more[name] for name in attention)
+    assert (
+        f"PreNorm loses {more['prenorm']:.3f}, Multi-Gate Residuals between {moved[0]:.3f} and {moved[-1]:.3f}, "
+        f"Attention Residuals {lost[0]:.3f} to {lost[-1]:.3f}." in text
+    )
+    assert more["mhc-lite"] < 0
+
+
 @pytest.fixture(scope="module")
 def ablations():
     """The study, its records and its tables by name, all of them complete."""
