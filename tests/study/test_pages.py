@@ -267,37 +267,46 @@ def test_findings_of_the_tiny_study(text):
 
 
 def test_findings_on_rates(text):
-    """What each row loses at which rates, by the validation loss of one seed."""
+    """What each row loses at which rates, by the validation loss of one seed, and what five say of those it chose."""
     study = load(ROOT / "studies/tiny.toml")
-    own = tables_of(study, read_records(study.results))[5]
-    assert (
-        own.table.name == "own-rates"
-        and own.done == own.wanted == 54
-        and not any(r.diverged for r in own.rows)
-    )
+    tables = {result.table.name: result for result in tables_of(study, read_records(study.results))}
+    own, main, chosen = tables["own-rates"], tables["main"], tables["own-main"]
+    assert own.done == own.wanted == 54 and not any(row.diverged for row in own.rows)
     loss = {(row.name, row.point): row.mean("val_loss")[0] for row in own.rows}
     rows = [row.name for row in own.table.rows]
     ahead = {
-        point.name: {name: loss["prenorm", point.name] - loss[name, point.name] for name in rows[1:]}
+        point.name: [loss["prenorm", point.name] - loss[name, point.name] for name in rows[1:]]
         for point in own.table.points
     }
-    assert all(max(ahead[point].values()) < 0 for point in ("x 1/4", "x 1/2", "x 1"))
-    leading = [value for value in ahead["x 2"].values() if value > 0]
-    assert len(leading) == 7 and own.best["prenorm"].name == "x 2"
-    assert f"seven of the other eight are ahead of it, by up to {max(leading):.3f};" in text
-    attention = [name for name in rows if name.startswith("attnres")]
-    gates = [name for name in rows if name.startswith("mgr-")]
-    four = sorted(ahead["x 4"][name] for name in ("mhc-lite", *gates))
-    assert len(gates) == 4 and f"are, by {four[0]:.3f} to {four[-1]:.3f}, and" in text
-    behind = sorted(-ahead["x 4"][name] for name in attention)
-    assert f"full and block, are {behind[0]:.3f} to {behind[-1]:.3f} behind" in text
+    assert all(max(ahead[point]) < 0 for point in ("x 1/4", "x 1/2", "x 1"))
+    assert own.best["prenorm"].name == "x 2" and sum(value > 0 for value in ahead["x 2"]) == 7
+    assert f"seven of the other eight are ahead of it, by up to {max(ahead['x 2']):.3f}." in text
     more = {name: loss[name, "x 4"] - loss[name, "x 2"] for name in rows}
-    moved, lost = sorted(more[name] for name in gates), sorted(more[name] for name in attention)
+    lost = sorted(more[name] for name in rows if name.startswith("attnres"))
+    moved = sorted(more[name] for name in rows if name.startswith("mgr-"))
+    assert (len(lost), len(moved)) == (3, 4) and more["mhc-lite"] < 0
     assert (
-        f"PreNorm loses {more['prenorm']:.3f}, Multi-Gate Residuals between {moved[0]:.3f} and {moved[-1]:.3f}, "
-        f"Attention Residuals {lost[0]:.3f} to {lost[-1]:.3f}." in text
+        f"full and block, lose {lost[0]:.3f} to {lost[-1]:.3f}, PreNorm loses {more['prenorm']:.3f}, Multi-Gate "
+        f"Residuals between {moved[0]:.3f} and {moved[-1]:.3f}, mHC-lite nothing." in text
     )
-    assert more["mhc-lite"] < 0
+    three = ["mhc-lite", "mgr-independent n=8", "mgr-competitive n=8"]
+    assert {name: point.name for name, point in own.best.items()} == {
+        name: "x 4" if name in three else "x 2" for name in rows
+    }
+    assert chosen.done == chosen.wanted == 45 and not shown(chosen)
+    assert (
+        "mHC-lite is {:.3f} behind, the independent gate {:.3f} and the competitive one {:.3f},".format(
+            *(chosen.row(name).difference.mean for name in three)
+        )
+        in text
+    )
+    worse = []
+    for name in three:
+        at_own, shared = chosen.row(name).runs, main.row(name).runs
+        by_seed = {seed: run["val_loss"] - shared[seed]["val_loss"] for seed, run in at_own.items()}
+        worse.append(sum(by_seed.values()) / 5)
+        assert len(by_seed) == 5 and by_seed[0] < 0 < worse[-1]
+    assert "by {:.3f}, {:.3f} and {:.3f} in the mean of five seeds".format(*worse) in text
 
 
 @pytest.fixture(scope="module")
