@@ -300,6 +300,9 @@ def test_findings_on_rates(text):
         )
         in text
     )
+    largest = [np.nanmax(chosen.row(name).depth("hidden_rms")[2:]) for name in three[1:]]
+    last = [round(chosen.row(name).depth("hidden_rms")[-1], 1) for name in three]
+    assert sorted(map(round, largest)) == [10, 13] and round(last[0]) == 66 and max(last[1:]) < 2
     worse = []
     for name in three:
         at_own, shared = chosen.row(name).runs, main.row(name).runs
