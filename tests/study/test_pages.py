@@ -12,7 +12,7 @@ import pytest
 from depthmix import gate_bias_init
 from depthmix.study import load, read_records
 from depthmix.study.declare import Point
-from depthmix.study.figures import draw_depth
+from depthmix.study.figures import draw_depth, isolated
 from depthmix.study.page import drawings, page
 from depthmix.study.records import Record, depth_of
 from depthmix.study.statistics import paired, pooled
@@ -136,6 +136,14 @@ def test_what_rows_do_in_depth(study_file, tmp_path):
     assert "| `mgr-competitive` | 1 to 3 | 0.500 | 0.750 | 2.75 | 1.00 |" in text
     assert "| `prenorm` | 1 to 8 | – | – | – | – |" in text and "| `eight` | 1" not in text
     assert draw_depth(main).startswith(b"\x89PNG") and draw_depth(tables_of(study, records)[0]) is None
+
+
+def test_a_value_with_none_beside_it_is_marked():
+    """Two blocks with four streams have a gate at their last sublayer only: a line of one point shows nothing."""
+    nan = math.nan
+    assert isolated(np.array([nan, nan, nan, 0.2])) == [3]
+    assert isolated(np.array([0.1, nan, 0.2, 0.3, nan, 0.4, nan])) == [0, 5]
+    assert isolated(np.array([0.1, 0.2])) == isolated(np.array([nan])) == []
 
 
 def test_a_table_with_runs_of_others_alone_waits(study_file, monkeypatch):

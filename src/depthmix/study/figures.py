@@ -126,19 +126,29 @@ def draw_depth(result: TableResult) -> bytes | None:
             for row, line in lines:
                 colour, style = styles[row.name]
                 places = np.arange(1, line.size + 1)
-                ax.plot(places, line, color=colour, linestyle=style, linewidth=1.4, label=row.name)
+                known, alone = np.isfinite(line), isolated(line)
+                ax.plot(
+                    places[known], line[known], color=colour, linestyle=style, linewidth=1.4, label=row.name
+                )
+                ax.plot(places[alone], line[alone], "o", color=colour, markersize=4)
             if measure != "sources":
                 ax.set_yscale("log")
                 ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 ax.yaxis.set_major_formatter("{x:g}")
                 ax.yaxis.set_minor_formatter(NullFormatter())
-            ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
             ax.set_xlabel("block" if measure == "gradient_rms" else "sublayer")
             ax.set_title(label, fontsize=9)
         figure.legend(
             *axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8
         )
         return _png(figure)
+
+
+def isolated(line: np.ndarray) -> list[int]:
+    """Places of values with none beside them: marked, as the line there crosses what was not recorded."""
+    known = np.pad(np.isfinite(line), 1)
+    return np.flatnonzero(known[1:-1] & ~known[:-2] & ~known[2:]).tolist()
 
 
 def _run(record: Record) -> RunRecord:
