@@ -265,8 +265,9 @@ def _depth(result: TableResult) -> str:
         return ""
     head = ["in depth", "RMS of what is read", "gate", "largest gate", "sources read", "gradient"]
     return _markdown(head, lines) + (
-        "\n\nAt the end of training, means over seeds. RMS of what is read: by the sublayer after a quarter of the "
-        "depth and by the last. Gate: share of its output that is admitted, mean over sublayers, streams and tokens. "
+        "\n\nAt the end of training, means over the seeds that recorded it. RMS of what is read: by the sublayer "
+        "after a quarter of the depth and by the last. Gate: share of its output that is admitted, mean over "
+        "sublayers, streams and tokens. "
         "Sources read: how many streams (or earlier outputs) count in what a sublayer reads, by the mean weights, mean "
         "over sublayers. Gradient: RMS of the first block's over the last one's."
     )
