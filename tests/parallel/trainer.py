@@ -3,9 +3,11 @@
 Environment: ``RECORD`` is a folder for ``RANK-PID.jsonl`` with a line for each batch, where in the data it began
 (``place``), which part of it this process has (``part``) and which windows those are; ``STOP_AT`` is the number of
 batches after which this process, if it is rank 0, gets a SIGTERM. It fails if a wrapper of DDP outlives the groups of
-processes: now and then its end would never come.
+processes, as now and then its end would never come; and if a training ends well and groups outlive Python, whose
+threads now and then would abort the process.
 """
 
+import atexit
 import gc
 import json
 import os
@@ -52,8 +54,19 @@ def checked_end(group=None):
     destroy_process_group(group)
 
 
+def checked_threads():
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    left = [name for name in names if "gloo" in name]
+    if left and checked_threads.status == 0:
+        print(f"threads of groups are still there: {left}", file=sys.stderr, flush=True)
+        os._exit(70)
+
+
+checked_threads.status = None
+atexit.register(checked_threads)  # first, so that it is called last
 recorded_batch.count = 0
 destroy_process_group, dist.destroy_process_group = dist.destroy_process_group, checked_end
 Loader._window, Loader.next_batch = recorded_window, recorded_batch
 torch.set_num_threads(1)
-sys.exit(cli.main(sys.argv[1:]))
+checked_threads.status = cli.main(sys.argv[1:])
+sys.exit(checked_threads.status)

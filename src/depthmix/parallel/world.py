@@ -13,8 +13,10 @@ answer is at fault, or else who is busy with something that is no communication,
 process that fails by itself leaves its reason in the store before it goes.
 """
 
+import atexit
 import contextlib
 import datetime
+import functools
 import gc
 import os
 import signal
@@ -94,6 +96,21 @@ class World:
         yield
 
 
+def _forget_meshes() -> None:
+    """Empty what DTensor remembers of operations it has seen: it holds their meshes, and these hold their groups."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return
+    from torch.distributed.tensor import _redistribute, debug
+
+    debug._clear_sharding_prop_cache()
+    if hasattr(_redistribute, "clear_redistribute_planner_cache"):  # not in every torch from 2.11
+        _redistribute.clear_redistribute_planner_cache()
+    for found in gc.get_objects():
+        if isinstance(found, functools._lru_cache_wrapper):
+            if getattr(found, "__module__", "").startswith("torch.distributed.tensor."):
+                found.cache_clear()
+
+
 def launched() -> bool:
     """Whether ``torchrun``, or something like it, started several processes and this is one of them."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -121,6 +138,10 @@ class ManyProcesses(World):
 
     def __init__(self, plan: ParallelPlan, device_type: str, timeout_s: float = TIMEOUT_S):
         import torch.distributed as dist
+
+        # Its functions have the default group for a default argument. Imported while there is one, by DDP or DTensor,
+        # they would hold it to the end of the process.
+        import torch.distributed.nn.functional
         from torch.distributed.device_mesh import init_device_mesh
 
         size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -225,10 +246,17 @@ class ManyProcesses(World):
 
     def close(self):
         # A failed training leaves its groups as they are: to take them down needs the others.
+        #
+        # A group ends, and joins gloo's threads, when nothing holds it any longer. In a group that is held to the end
+        # of the process they outlive Python. What such a thread still has of the last message it cannot release then,
+        # and a process whose training ended well is aborted.
         for holder in self._holders:
             if (drop := holder()) is not None:
                 drop()
+        self.mesh = self.tied_group = None
+        _forget_meshes()
         gc.collect()
+        atexit.register(gc.collect)  # the model, which is not gone yet, may hold the mesh
         self._dist.destroy_process_group()
         self._roll.leave()
         _limit_new_groups(*self._timeouts)
