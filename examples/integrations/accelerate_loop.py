@@ -9,6 +9,7 @@ not: without an MPI it starts one process and says nothing.
 """
 
 import torch
+import torch.distributed.nn.functional  # imported later, it holds the group for good
 from accelerate import Accelerator
 from plain import CLIP, make_data, make_model, make_optimizer, options, report
 

@@ -10,6 +10,7 @@ Run, on two processes of a CPU::
 import gc
 
 import torch.distributed as dist
+import torch.distributed.nn.functional  # noqa: F401  (imported later, it holds the group for good)
 from lightning_fabric import Fabric
 from plain import CLIP, make_data, make_model, make_optimizer, options, report
 

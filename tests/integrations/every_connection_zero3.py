@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import set_z3_leaf_modules
-from deepspeed_zero import settings, start
+from deepspeed_zero import leave, settings, start
 from plain import CLIP, GLOBAL_BATCH, make_optimizer
 
 from depthmix import GPT, GPTConfig, available_residuals
@@ -82,7 +82,7 @@ def main() -> None:
         found.append({"case": [residual, unit, options], "want": want, "got": got, "let_go": let_go})
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(found), encoding="utf-8")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

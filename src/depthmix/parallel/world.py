@@ -141,7 +141,7 @@ class ManyProcesses(World):
 
         # Its functions have the default group for a default argument. Imported while there is one, by DDP or DTensor,
         # they would hold it to the end of the process.
-        import torch.distributed.nn.functional
+        import torch.distributed.nn.functional  # noqa: F401
         from torch.distributed.device_mesh import init_device_mesh
 
         size = int(os.environ.get("WORLD_SIZE", "1"))
