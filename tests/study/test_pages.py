@@ -178,6 +178,14 @@ def text():
     return " ".join((ROOT / "docs/results.md").read_text(encoding="utf-8").split())
 
 
+def loss_and_line(points):
+    """Mean loss of the fourth size, and what the power law of the other three has for it."""
+    compute, losses, sizes, _ = map(np.array, zip(*points, strict=True))
+    fourth = sizes == "1.6 M"
+    slope, at_0 = np.polyfit(np.log(compute[~fourth]), np.log(losses[~fourth]), 1)
+    return losses[fourth].mean(), np.exp(at_0 + slope * np.log(compute[fourth][0]))
+
+
 def test_findings_of_the_tiny_study(text):
     """Which rows differ, by how much, what gates and reads are, what rates and compute gain."""
     study = load(ROOT / "studies/tiny.toml")
@@ -241,8 +249,13 @@ def test_findings_of_the_tiny_study(text):
     assert others["highway"].verdict == "higher" and f"as MGR's do, by {-ahead['highway']:.3f}" in text
     assert f"stalls and ends at {others['review-convex'].mean('test_loss')[0]:.1f}" in text
     fits = {fit.name: fit for fit in sizes.fits}
-    assert {size for fit in fits.values() for *_, size, _ in fit.points} == {"0.1 M", "0.35 M", "0.8 M"}
-    assert all(len(fit.points) == 9 for fit in fits.values())
+    assert {size for fit in fits.values() for *_, size, _ in fit.points} == {
+        "0.1 M",
+        "0.35 M",
+        "0.8 M",
+        "1.6 M",
+    }
+    assert all(len(fit.points) == 3 + 3 + 3 + 2 for fit in fits.values())
     # A table of sizes, and so of depths, has no figure of what rows do in depth.
     assert draw_depth(sizes) is None and draw_depth(names) is not None
     more = [fits[name].multiplier for name in ("attnres-block:blocks=4", "attnres")]
@@ -259,10 +272,26 @@ def test_findings_of_the_tiny_study(text):
     slopes = [fit.law.k for fit in (*gates, fits["prenorm"])]
     assert "({:.3f} and {:.3f}; PreNorm's is {:.3f})".format(*slopes) in text
     assert all(fit.law.k_low < fits["prenorm"].law.k_high for fit in gates)
-    test_loss = {size: sizes.row("prenorm", size).mean("test_loss")[0] for size in ("0.1 M", "0.8 M")}
+    ahead = {
+        (name, size): sizes.row("prenorm", size).mean("test_loss")[0]
+        - sizes.row(name, size).mean("test_loss")[0]
+        for name in fits
+        for *_, size, _ in fits[name].points
+    }
     for gate in gates:
-        assert sizes.row(gate.name, "0.1 M").mean("test_loss")[0] > test_loss["0.1 M"]
-        assert sizes.row(gate.name, "0.8 M").mean("test_loss")[0] < test_loss["0.8 M"]
+        assert all(ahead[gate.name, size] < 0 for size in ("0.1 M", "0.35 M"))
+        assert all(ahead[gate.name, size] > 0 for size in ("0.8 M", "1.6 M"))
+    at_last = [
+        ahead[name, "1.6 M"] for name in (*(g.name for g in gates), "attnres", "attnres-block:blocks=4")
+    ]
+    assert (
+        "at the last by {:.3f} and {:.3f}, where full and block Attention Residuals are ahead by {:.3f} and "
+        "{:.3f}".format(*at_last)
+    ) in text
+    above = {name: loss_and_line(fit.points) for name, fit in fits.items()}
+    over = [loss - line for loss, line in above.values()]
+    assert f"rows end {min(over):.2f} to {max(over):.2f} above the line through their first three" in text
+    assert "(PreNorm: {1:.2f} by the line, {0:.2f} found)".format(*above["prenorm"]) in text
     *unit, review, unit_review = (row for row in scores.rows if row.difference is not None)
     worse = [round(row.difference.mean, 3) for row in unit]
     assert f"{min(worse):.3f} to {max(worse):.3f} worse than the competitive" in text
