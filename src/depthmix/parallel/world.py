@@ -106,8 +106,8 @@ def _forget_meshes() -> None:
     if hasattr(_redistribute, "clear_redistribute_planner_cache"):  # not in every torch from 2.11
         _redistribute.clear_redistribute_planner_cache()
     for found in gc.get_objects():
-        if isinstance(found, functools._lru_cache_wrapper):
-            if getattr(found, "__module__", "").startswith("torch.distributed.tensor."):
+        if type(found) is functools._lru_cache_wrapper:
+            if str(found.__module__).startswith("torch.distributed.tensor."):
                 found.cache_clear()
 
 
