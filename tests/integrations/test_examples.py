@@ -78,7 +78,8 @@ def environment(tmp_path_factory):
     return kept | {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         "PYTHONPATH": os.pathsep.join(
-            [str(ROOT / "src"), str(EXAMPLES), str(Path(__file__).with_name("ends"))]
+            str(ROOT / folder)
+            for folder in ("src", "examples/integrations", "tests/integrations/ends", "tests/shared")
         ),
         "DEPTHMIX_CACHE": warm.cache(cache),
         "OMP_NUM_THREADS": "1",

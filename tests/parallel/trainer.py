@@ -22,6 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 from depthmix import cli
 from depthmix.data.loader import Loader
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "shared"))
+
+from gloo_threads import gloo_threads
+
 rank = os.environ.get("RANK", "0")
 windows: list[int] = []
 next_batch, window = Loader.next_batch, Loader._window
@@ -55,8 +59,7 @@ def checked_end(group=None):
 
 
 def checked_threads():
-    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
-    left = [name for name in names if "gloo" in name]
+    left = gloo_threads()
     if left and checked_threads.status == 0:
         print(f"threads of groups are still there: {left}", file=sys.stderr, flush=True)
         os._exit(70)

@@ -96,21 +96,6 @@ class World:
         yield
 
 
-def _forget_meshes() -> None:
-    """Empty what DTensor remembers of operations it has seen: it holds their meshes, and these hold their groups."""
-    if "torch.distributed.tensor" not in sys.modules:
-        return
-    from torch.distributed.tensor import _redistribute, debug
-
-    debug._clear_sharding_prop_cache()
-    if hasattr(_redistribute, "clear_redistribute_planner_cache"):  # not in every torch from 2.11
-        _redistribute.clear_redistribute_planner_cache()
-    for found in gc.get_objects():
-        if type(found) is functools._lru_cache_wrapper:
-            if str(found.__module__).startswith("torch.distributed.tensor."):
-                found.cache_clear()
-
-
 def launched() -> bool:
     """Whether ``torchrun``, or something like it, started several processes and this is one of them."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -256,7 +241,8 @@ class ManyProcesses(World):
         self.mesh = self.tied_group = None
         _forget_meshes()
         gc.collect()
-        atexit.register(gc.collect)  # the model, which is not gone yet, may hold the mesh
+        atexit.unregister(_collect)  # once, however many trainings this process has
+        atexit.register(_collect)
         self._dist.destroy_process_group()
         self._roll.leave()
         _limit_new_groups(*self._timeouts)
@@ -457,6 +443,29 @@ def _deaf() -> Iterator[None]:
 def _launcher_keeps_store() -> bool:
     """Whether it is torchrun's, and so outlives rank 0."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _forget_meshes() -> None:
+    """Empty what DTensor remembers of operations it has seen: it holds their meshes, and these hold their groups."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return
+    from torch.distributed.tensor import _redistribute, debug
+
+    # Private: a torch that does without one of them must not fail a training at its end.
+    for module, clear in (
+        (debug, "_clear_sharding_prop_cache"),
+        (_redistribute, "clear_redistribute_planner_cache"),
+    ):
+        getattr(module, clear, lambda: None)()
+    for found in gc.get_objects():
+        if type(found) is functools._lru_cache_wrapper:
+            if str(found.__module__).startswith("torch.distributed.tensor."):
+                found.cache_clear()
+
+
+def _collect() -> None:
+    """At the end of the process, before Python's own: a model in a cycle of references may hold a mesh."""
+    gc.collect()
 
 
 def _limit_new_groups(
