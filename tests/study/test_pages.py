@@ -288,6 +288,12 @@ def test_findings_of_the_tiny_study(text):
         "at the last by {:.3f} and {:.3f}, where full and block Attention Residuals are ahead by {:.3f} and "
         "{:.3f}".format(*at_last)
     ) in text
+    at_last_size = {
+        name: {seed: loss for _, loss, size, seed in fit.points if size == "1.6 M"}
+        for name, fit in fits.items()
+    }
+    for gate in gates:
+        assert all(loss < at_last_size["prenorm"][seed] for seed, loss in at_last_size[gate.name].items())
     above = {name: loss_and_line(fit.points) for name, fit in fits.items()}
     over = [loss - line for loss, line in above.values()]
     assert f"rows end {min(over):.2f} to {max(over):.2f} above the line through their first three" in text
