@@ -1,29 +1,61 @@
 #!/bin/sh
 # Everything that needs an NVIDIA GPU, as steps that can be run one by one and repeated: what is finished is kept.
 #
-#   scripts/gpu_check.sh [STEP ...]      default: tests determinism sanitizer ops memory steps generation study
+#   scripts/gpu_check.sh [STEP ...]      default: kernels ops tests determinism memory steps generation plots sanitizer
 #
 # Runs the source as it lies here with $PYTHON (default python3), which must have torch for CUDA, triton and depthmix's
-# dependencies with the extra test; nothing is installed. Records go to $RESULTS (default benchmarks/results).
+# dependencies with the extra test; nothing is installed. Records go to $RESULTS (default benchmarks/results), the names
+# of tests that have passed to $RESULTS/gpu-check. With $SECONDS_LEFT set, what is running then is stopped and the exit
+# status is 75: the same command goes on from there. $JOBS (default 8) tests run side by side.
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 RESULTS=${RESULTS:-benchmarks/results}
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
+JOBS=${JOBS:-8}
+until=${SECONDS_LEFT:+$(($(date +%s) + SECONDS_LEFT))}
 mkdir -p "$RESULTS"
 "$PYTHON" -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "gpu-check: torch finds no CUDA device here")'
+
+no_time() {
+    echo "gpu-check: no time left; the same command goes on from here" >&2
+    exit 75
+}
+
+run() { # a command, for as long as there is time
+    left=0 # timeout takes 0 for no limit
+    if [ -n "$until" ]; then
+        left=$((until - $(date +%s)))
+        [ $left -gt 0 ] || no_time
+    fi
+    status=0
+    timeout --signal INT --kill-after 20 $left "$@" || status=$?
+    case $status in
+    0) ;;
+    124 | 137) no_time ;;
+    *) exit $status ;;
+    esac
+}
 
 bench() {
     name=$1
     shift
-    "$PYTHON" -m depthmix bench "$@" --device cuda --out "$RESULTS/$name.json" --resume
+    run "$PYTHON" -m depthmix bench "$@" --device cuda --out "$RESULTS/$name.json" --resume
+}
+
+tests() { # those that have passed with these sources are left out
+    name=$1
+    shift
+    run "$@" --kept "$RESULTS/gpu-check/$name.txt"
 }
 
 step() {
     case $1 in
-    tests) # the kernels, compiled for real, in fp32, bf16 and fp16; compiled models; CUDA graphs; then all other tests
-        "$PYTHON" -m pytest -m kernels tests/kernels
-        "$PYTHON" -m pytest -m "not slow"
+    kernels) # compiled for real, in fp32, bf16 and fp16; compiled models; CUDA graphs
+        tests kernels env OMP_NUM_THREADS=1 "$PYTHON" -m pytest -n "$JOBS" -m kernels tests/kernels
+        ;;
+    tests) # all others
+        tests tests env OMP_NUM_THREADS=1 "$PYTHON" -m pytest -n "$JOBS" --dist loadfile -m "not slow"
         ;;
     determinism) # two processes, the same bits
         for turn in 1 2; do
@@ -44,34 +76,37 @@ print(digest.hexdigest())'
         ;;
     sanitizer) # reads and writes outside of tensors, and races, of every kernel at small sizes
         for tool in memcheck racecheck; do
-            compute-sanitizer --tool $tool --error-exitcode 1 \
+            tests $tool compute-sanitizer --tool $tool --error-exitcode 1 \
                 "$PYTHON" -m pytest -x -m kernels tests/kernels -k "not 36_blocks and not compiled and not graphs"
         done
         ;;
     ops) bench ops-gpu mgr-step mgr-step-window pool attnres-block-two-phase channel-gate sinkhorn hyper-step ;;
-    memory) "$PYTHON" benchmarks/stream_memory.py --out "$RESULTS/stream-memory.json" ;;
-    steps)
+    memory) run "$PYTHON" benchmarks/stream_memory.py --out "$RESULTS/stream-memory.json" ;;
+    steps) # the paper's sizes, then wide ones of few blocks
         for preset in S M L; do
             bench "training-step-$preset-gpu" training-step --preset $preset --dtype bf16 --compile --n 4 8 \
-                --residuals prenorm attnres attnres-block:blocks=4 attnres-block:blocks=8 mhc mhc-lite:n_streams=4 \
-                mgr-independent mgr-competitive --stream-memory store inversion replay
+                --residuals prenorm attnres attnres-block:blocks=4 attnres-block:blocks=8 mhc:n_streams=4 \
+                mhc-lite:n_streams=4 mgr-independent mgr-competitive --stream-memory store inversion replay
         done
+        bench training-step-wide-gpu training-step --preset L --layers 8 --width 1280 2048 4096 --sequences 8 \
+            --dtype bf16 --compile --n 4 8 --residuals prenorm attnres-block:blocks=4 mgr-independent mgr-competitive
+        ;;
+    plots) # of what the steps before have measured
+        "$PYTHON" -m depthmix bench --from "$RESULTS"/training-step-*-gpu.json --plots "$RESULTS/plots-steps"
+        "$PYTHON" -m depthmix bench --from "$RESULTS/ops-gpu.json" --plots "$RESULTS/plots-ops"
         ;;
     generation) bench generation-gpu generation-step --preset S --dtype bf16 ;;
-    study) # the nine rows of Table 1 at preset xs; needs $DEPTHMIX_TEXT, the folder of the text; ends within
-        # $STUDY_SECONDS with everything saved, and goes on when it is called again
-        status=0
-        timeout "${STUDY_SECONDS:-540}" "$PYTHON" -m depthmix study studies/xs.toml --devices 0 || status=$?
-        [ $status = 0 ] || [ $status = 75 ] || [ $status = 124 ] || exit $status
+    study) # the nine rows of Table 1 at preset xs; needs $DEPTHMIX_TEXT, the folder of the text
+        run "$PYTHON" -m depthmix study studies/xs.toml --devices 0
         ;;
     *)
-        echo "gpu-check: no step named '$1'; steps: tests determinism sanitizer ops memory steps generation study" >&2
+        echo "gpu-check: no step named '$1'; steps: kernels ops tests determinism memory steps generation plots sanitizer study" >&2
         exit 2
         ;;
     esac
 }
 
-[ $# -gt 0 ] || set -- tests determinism sanitizer ops memory steps generation
+[ $# -gt 0 ] || set -- kernels ops tests determinism memory steps generation plots sanitizer
 for name in "$@"; do
     echo "--- $name"
     step "$name"

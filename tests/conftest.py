@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from kept import pytest_addoption, pytest_configure  # noqa: F401, hooks: --kept
 
 settings.register_profile("same every time", derandomize=True, deadline=None)
 settings.load_profile("same every time")

@@ -1,22 +1,26 @@
 """``depthmix bench``: nothing wrong is timed, floors are those counted by hand, records can be gone on with."""
 
 import dataclasses
+import gc
 import json
 import os
 import sys
 import types
+import weakref
 
 import pytest
 import torch
 
-from depthmix import cli, functional
+from depthmix import GPT, cli, functional
 from depthmix.bench import cases as _cases  # noqa: F401  registers them
-from depthmix.bench import command, floor, machine, peers, runner, steps
+from depthmix.bench import command, floor, machine, peers, report, runner, steps
 from depthmix.bench.case import CASES, DTYPES, Adapted, Peer, Size
 from depthmix.config import GPTConfig
+from depthmix.info import forward_flops
 from depthmix.presets import PRESETS
 
-TINY = ("--n", "3", "--width", "5", "--tokens", "7", "--rounds", "2", "--threads", "1", "--device", "cpu")
+SHORT = ("--rounds", "2", "--threads", "1", "--device", "cpu")
+TINY = ("--n", "3", "--width", "5", "--tokens", "7", *SHORT)
 NO_COMPILER = ("--against", "peers")
 ALL = [
     (name, variant, dtype)
@@ -44,7 +48,9 @@ def measure(problem, **options):
 
 
 def run(*arguments, out=None):
-    return cli.main(["bench", *arguments, *TINY, *(["--out", str(out)] if out else [])])
+    """Operations at a tiny size; models have that of ``tiny_preset`` or say another."""
+    few = SHORT if arguments[0] in steps.STEP_CASES or ":batch" in arguments[0] else TINY
+    return cli.main(["bench", *arguments, *few, *(["--out", str(out)] if out else [])])
 
 
 # --- every case -------------------------------------------------------------------------------
@@ -473,6 +479,11 @@ def test_list(capsys):
         (["--residuals", "prenrom"], "Did you mean 'prenorm'?"),
         (["--stream-memory", "repaly"], "Did you mean 'replay'?"),
         (["training-step", "--dtype", "fp16"], "models run in fp32 or bf16"),
+        (
+            ["training-step", "--width", "48"],
+            "--width of models must be a multiple of their heads' 32, got 48",
+        ),
+        (["training-step", "--layers", "0"], "--layers must be at least 1, got 0"),
         (["--resume"], "give --out FILE"),
         (["--from", "nowhere.json", "--plots", "x"], "cannot read nowhere.json"),
         (["--from", "nowhere.json"], "say where to with --plots DIR"),
@@ -534,6 +545,152 @@ def test_generation_step(tiny_preset, tmp_path):
     for row in problem["rows"]:
         figures = row["modes"]["token"]
         assert figures["tokens_per_second"] == pytest.approx(8e3 / figures["ms"], rel=1e-4)
+
+
+def test_widths_blocks_and_streams_of_models(tiny_preset, tmp_path):
+    """Beside the preset's: one record, and what a model is called says what it has."""
+    out = tmp_path / "record.json"
+    sizes = ("--preset", "tiny", "--layers", "3", "--width", "16", "32", "--n", "2", "4", "--sequences", "1")
+    models = ("--residuals", "mgr-independent", "mgr-independent:n_streams=3", "attnres")
+    assert run("training-step", *sizes, *models, "--stream-memory", "store", "replay", out=out) == 0
+    problems = json.loads(out.read_text())["problems"]
+    assert [(p["d_model"], p["n_layer"], p["width"], p["layers"]) for p in problems] == [
+        (16, 3, 16, 3), (32, 3, 32, 3),
+    ]  # fmt: skip
+    for problem in problems:
+        rows = {row["candidate"]: row for row in problem["rows"]}
+        memories = ("store", "replay")
+        assert list(rows) == [
+            "prenorm", *(f"mgr-independent:n_streams={n}, {m}" for n in (2, 4, 3) for m in memories), "attnres",
+        ]  # fmt: skip
+        for n in (2, 3, 4):
+            row = rows[f"mgr-independent:n_streams={n}, replay"]
+            assert (row["n_streams"], row["stream_memory"], row["residual"]) == (
+                n,
+                "replay",
+                "mgr-independent",
+            )
+        # Twice as wide in twice as many heads of 8: four times the matrices, twice the embedding.
+        model = GPTConfig(32, 3, problem["width"], problem["width"] // 8, 16, residual="prenorm")
+        flops = 3 * forward_flops(GPT(model))
+        assert rows["prenorm"]["modes"]["step"]["flops_per_token"] == flops
+    assert run("generation-step:batch-1", *sizes, *models, out=out) == 0
+    (_, narrow), (_, wide) = ((p["prefix"], p) for p in json.loads(out.read_text())["problems"])
+    for problem in (narrow, wide):
+        assert [row["candidate"] for row in problem["rows"]] == [
+            "prenorm", *(f"mgr-independent:n_streams={n}" for n in (2, 4, 3)), "attnres",
+        ]  # fmt: skip
+
+
+def test_models_are_gone_on_with(tiny_preset, monkeypatch, tmp_path, capsys):
+    """Stopped in the third model: the first two stay as they were measured; PreNorm is there for the others' turns."""
+    out = tmp_path / "record.json"
+    words = ("training-step", "--preset", "tiny", "--n", "2", "--residuals", "attnres", "hc", "mgr-review")
+    real, held = steps.trainee, []
+
+    def stopping(config, device, kernels=None):
+        if config.model.residual == "hc":
+            raise KeyboardInterrupt
+        return real(config, device, kernels)
+
+    def counting(config, device, kernels=None):
+        found = real(config, device, kernels)
+        held.append(weakref.ref(found.model))
+        gc.collect()
+        assert sum(model() is not None for model in held) <= 2
+        return found
+
+    monkeypatch.setattr(steps, "trainee", stopping)
+    assert run(*words, out=out) == 130
+    (before,) = json.loads(out.read_text())["problems"]
+    assert before["unfinished"] and [r["candidate"] for r in before["rows"]] == ["prenorm", "attnres"]
+    assert "attnres: timed" in capsys.readouterr().out
+    monkeypatch.setattr(steps, "trainee", counting)
+    assert run(*words, "--resume", out=out) == 0
+    (after,) = json.loads(out.read_text())["problems"]
+    assert "unfinished" not in after and after["rows"][:2] == before["rows"]
+    assert [r["candidate"] for r in after["rows"][2:]] == ["hc:n_streams=2", "mgr-review:n_streams=2, replay"]
+    assert all(r["modes"]["step"]["over"]["prenorm"] > 0 for r in after["rows"][1:])
+    assert len(held) == 3
+    said = capsys.readouterr().out
+    assert "hc:n_streams=2: timed" in said and "attnres: timed" not in said
+    assert run(*words, "--resume", out=out) == 0 and len(held) == 3
+
+
+def test_every_model_is_compiled(tiny_preset, monkeypatch, tmp_path):
+    """The compiler gives up on one function with its ninth graph, and would leave what comes then uncompiled."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: real(model, backend=backend))
+    models = ("mgr-competitive", "mgr-independent", "hc", "mhc")
+    words = ("training-step", "--preset", "tiny", "--compile", "--n", "2", "3", "4", "--residuals", *models)
+    out = tmp_path / "record.json"
+    assert run(*words, out=out) == 0
+    (problem,) = json.loads(out.read_text())["problems"]
+    assert len(problem["rows"]) == 1 + 3 * 4 and all(row["status"] == "timed" for row in problem["rows"])
+    assert len(compiled) >= 13
+
+
+def test_plots_of_training_steps(tiny_preset, tmp_path, capsys):
+    """Two records in one set of figures; the numbers are those of the records."""
+    words = (
+        "training-step",
+        "--preset",
+        "tiny",
+        "--n",
+        "2",
+        "3",
+        "--residuals",
+        "mgr-competitive",
+        "attnres",
+    )
+    outs = [tmp_path / f"{width}.json" for width in (16, 32)]
+    for out in outs:
+        assert run(*words, "--width", out.stem, out=out) == 0
+    problems = [p for out in outs for p in json.loads(out.read_text())["problems"]]
+    drawn = {}
+    folder = tmp_path / "plots"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "_picture", lambda width, height, panels, paint: drawing(drawn, panels, paint))
+        assert cli.main(["bench", "--from", *map(str, outs), "--plots", str(folder)]) == 0
+    overhead, memory = drawn.values()
+    (ax,) = overhead
+    lines = {line.get_label(): line.get_xydata().tolist() for line in ax.lines}
+    for name in ("mgr-competitive:n_streams=2, replay", "attnres"):
+        rows = [next(row for row in p["rows"] if row["candidate"] == name) for p in problems]
+        over = [row["modes"]["step"]["over"]["prenorm"] for row in rows]
+        assert lines[name] == [[16, over[0]], [32, over[1]]]
+    for ax, problem in zip(memory, problems, strict=True):
+        kept = {r["candidate"]: r["modes"]["step"]["saved_bytes_per_token"] for r in problem["rows"]}
+        lines = {line.get_label(): line.get_xydata().tolist() for line in ax.lines}
+        assert lines["mgr-competitive, replay"] == [
+            [n, kept[f"mgr-competitive:n_streams={n}, replay"] / kept["prenorm"]] for n in (2, 3)
+        ]
+        assert {y for _, y in lines["attnres"]} == {kept["attnres"] / kept["prenorm"]}
+    assert cli.main(["bench", "--from", *map(str, outs), "--plots", str(folder)]) == 0
+    assert {path.name for path in folder.iterdir()} == {"overhead.png", "memory.png"}
+    # A record of models alone by themselves has nothing to show.
+    for out in outs:
+        record = json.loads(out.read_text())
+        record["problems"][0]["rows"] = record["problems"][0]["rows"][1:]
+        out.write_text(json.dumps(record))
+    assert cli.main(["bench", "--from", *map(str, outs), "--plots", str(folder)]) == 2
+    assert "no training step beside PreNorm's" in capsys.readouterr().err
+
+
+def drawing(drawn, panels, paint):
+    """Axes after ``paint``, kept in ``drawn``."""
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots(1, panels, squeeze=False).ravel()
+    paint(axes)
+    drawn[len(drawn)] = axes
+    return b""
 
 
 def test_wrong_models_are_not_timed(tiny_preset, monkeypatch, capsys, tmp_path):

@@ -1,11 +1,14 @@
 """The verb ``bench``: choose problems, measure them one after another, write the record after each."""
 
+import itertools
 import json
 import os
 import shlex
 import typing
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +19,10 @@ from ..errors import EXIT_FAILED, UserError, suggest
 
 FORMAT = 1
 AGAINST = ("compile", "peers")
+STREAMS = (4, 8)
+"""Of operations, where --n does not say."""
+NOTHING: dict[str, typing.Any] = {"rows": []}
+"""A problem of which nothing is measured."""
 PATIENCE = 60.0
 """Seconds for the turns of one problem where their number was not asked for."""
 
@@ -37,10 +44,11 @@ class Bench:
     dtype: tuple[str, ...] = ()
     """Of streams, sources and parameters: fp32, bf16, fp16. Default: fp32 on a CPU, bf16 on a GPU. Models of the step
     cases are in it too."""
-    n: tuple[int, ...] = (4, 8)
-    """Numbers of streams, 1 to 64."""
+    n: tuple[int, ...] = ()
+    """Numbers of streams, 1 to 64. Default: 4 8; of models the preset's, or what --residuals says."""
     width: tuple[int, ...] = ()
-    """Features D. Default: 768 on a CPU; 768, 1024, 1280, 2048, 4096 and 7168 on a GPU."""
+    """Features D. Default: 768 on a CPU; 768, 1024, 1280, 2048, 4096 and 7168 on a GPU; of models the preset's.
+    Wider ones have more heads of the same size."""
     tokens: int | None = None
     """Tokens of an operation. Default: 4096 on a CPU; on a GPU as many as make 2^26 elements of streams or sources."""
     rounds: int | None = None
@@ -57,6 +65,8 @@ class Bench:
     """On a GPU, fill its cache with something else before each run."""
     preset: str | None = None
     """Preset of the step cases. Default: quick on a CPU, L on a GPU."""
+    layers: int | None = None
+    """Blocks of the step cases' models. Default: the preset's."""
     residuals: tuple[str, ...] = ("prenorm", "mgr-independent", "mgr-competitive")
     """Residual connections of the step cases; prenorm is always there."""
     stream_memory: tuple[str, ...] = ("replay",)
@@ -66,13 +76,14 @@ class Bench:
     compile: FlagCreatePairsOff[bool] = False
     """Compile the models of training-step with torch.compile."""
     out: str | None = None
-    """Write the record here as JSON, after every problem."""
+    """Write the record here as JSON, after every problem and every model."""
     resume: FlagCreatePairsOff[bool] = False
-    """Keep the problems that --out already holds, and measure the others."""
+    """Keep what --out already holds, and measure the rest."""
     plots: str | None = None
-    """Draw bandwidth.png and ratios.png in this folder."""
-    from_: Annotated[str | None, arg(name="from")] = None
-    """Measure nothing; draw --plots of this record."""
+    """Draw what the record allows in this folder: bandwidth.png and ratios.png of operations, overhead.png and
+    memory.png of training steps."""
+    from_: Annotated[tuple[str, ...], arg(name="from")] = ()
+    """Measure nothing; draw --plots of these records."""
     list: FlagCreatePairsOff[bool] = False
     """Describe the cases, the other packages and which of them are here."""
 
@@ -82,7 +93,7 @@ def main(argv: list[str]) -> int:
     args = flags.parse(Bench, argv, "bench")
     if args.list:
         return _list()
-    if args.from_ is not None:
+    if args.from_:
         return _redraw(args.from_, args.plots)
     plan = _plan(args)
 
@@ -110,14 +121,28 @@ def main(argv: list[str]) -> int:
         }
         out = report.console()
         _print_head(record, out)
-        done = {problem["key"] for problem in record["problems"]}
-        for problem in record["problems"]:
-            report.print_problem(problem, out)
+        problems = {problem["key"]: problem for problem in record["problems"]}
+        done = {key for key, problem in problems.items() if not problem.get("unfinished")}
+        for key in done:
+            report.print_problem(problems[key], out)
+
+        def keep(key: str, problem: dict) -> None:
+            problems[key] = {"key": key, **problem}
+            record["problems"] = [*problems.values()]
+            _save(record, args.out)
+
+        def keep_part(key: str, problem: dict) -> None:
+            before = {row["candidate"] for row in problems.get(key, NOTHING)["rows"]}
+            for row in problem["rows"]:
+                if row["candidate"] not in before:
+                    out.print(f"{row['candidate']}: {row['status']}", style="dim")
+            keep(key, {"unfinished": True, **problem})
+
         for key, measure in plan.problems(args):
             if key in done:
                 continue
             try:
-                problem = {"key": key, **measure()}
+                problem = measure(problems.get(key, NOTHING), partial(keep_part, key))
             except RuntimeError as error:
                 if "out of memory" not in str(error) and "not enough memory" not in str(error):
                     raise
@@ -126,9 +151,8 @@ def main(argv: list[str]) -> int:
                 status = EXIT_FAILED
                 continue
             done.add(key)
-            record["problems"].append(problem)
+            keep(key, problem)
             report.print_problem(problem, out)
-            _save(record, args.out)
     finally:
         torch.set_num_threads(before)
     if args.plots is not None:
@@ -164,7 +188,11 @@ class Plan:
     residuals: tuple[str, ...]
 
     def problems(self, args: Bench):
-        """``(key, function that measures it)`` of all problems, in order."""
+        """``(key, function that measures it)`` of all problems, in order.
+
+        The function takes the problem as far as an earlier part of the record has it, and a function to which it gives
+        the problem as far as it is whenever it is worth keeping.
+        """
         from .case import CASES, CPU_TOKENS, DTYPES, FILL, Size
 
         cuda = self.device.type == "cuda"
@@ -189,7 +217,10 @@ class Plan:
                             size = Size(self.device, DTYPES[dtype], given, tokens)
                             place = {"case": name, "variant": variant, "dtype": dtype, **lengths}
                             place |= {"tokens": tokens}
-                            yield _key(place), lambda c=case, p=place, s=size: self._operation(c, p, s, args)
+                            yield (
+                                _key(place),
+                                lambda begun, keep, c=case, p=place, s=size: self._operation(c, p, s, args),
+                            )
 
     def _operation(self, case, place: dict, size, args: Bench) -> dict:
         from .machine import COPY_BYTES
@@ -211,33 +242,40 @@ class Plan:
             )
 
     def _step_problems(self, name: str, variants: tuple[str, ...], args: Bench):
-        for dtype in self.dtypes:
-            for variant in variants:
-                place: dict[str, typing.Any] = {"case": name, "variant": variant, "dtype": dtype}
-                place |= {"preset": self.preset}
-                place |= {"sequences": args.sequences, "compile": args.compile}
-                place |= {"models": ",".join(self.residuals), "memory": ",".join(args.stream_memory)}
-                place |= {"kernels": ",".join(args.kernels or ("auto",))}
-                yield _key(place), lambda p=place: self._step(p, args)
+        for dtype, variant, width in itertools.product(self.dtypes, variants, args.width or (None,)):
+            place: dict[str, typing.Any] = {"case": name, "variant": variant, "dtype": dtype}
+            place |= {"preset": self.preset, "layers": args.layers, "width": width}
+            place |= {"sequences": args.sequences, "compile": args.compile}
+            place |= {"models": ",".join(self.residuals), "memory": ",".join(args.stream_memory)}
+            place |= {"streams": ",".join(map(str, args.n)) or None}
+            place |= {"kernels": ",".join(args.kernels or ("auto",))}
+            yield _key(place), lambda begun, keep, p=place: self._step(p, args, begun, keep)
 
-    def _step(self, place: dict, args: Bench) -> dict:
+    def _step(self, place: dict, args: Bench, begun: dict, keep: Callable[[dict], None]) -> dict:
         from ..config import StreamMemory
         from .case import DTYPES
         from .machine import MATRIX_SIZE, matrix_flops
         from .steps import StepSettings, generation_step, training_step
 
-        peak = matrix_flops(self.device, DTYPES[place["dtype"]], MATRIX_SIZE[self.device.type])
+        peak = begun.get("matrix_flops_per_second") or matrix_flops(
+            self.device, DTYPES[place["dtype"]], MATRIX_SIZE[self.device.type]
+        )
+        place = place | {"matrix_flops_per_second": peak}
         # _plan() has checked their names.
         memories = typing.cast(tuple[StreamMemory, ...], args.stream_memory)
         settings = StepSettings(
             self.device, self.preset, place["dtype"], self.residuals, memories,
             args.kernels or ("auto",), args.compile, self.rounds, args.sequences, peak,
+            args.n, place["width"], place["layers"],
         )  # fmt: skip
-        if place["case"] == "training-step":
-            found = training_step(settings)
-        else:
-            found = generation_step(settings, int(place["variant"].removeprefix("batch-")))
-        return place | {"matrix_flops_per_second": peak} | found
+        with warnings.catch_warnings():
+            # Of few blocks with many streams, mostly.
+            warnings.simplefilter("ignore")
+            if place["case"] == "training-step":
+                found = training_step(settings, begun["rows"], lambda so_far: keep(place | so_far))
+            else:
+                found = generation_step(settings, int(place["variant"].removeprefix("batch-")))
+        return place | found
 
 
 def _key(place: dict) -> str:
@@ -266,10 +304,10 @@ def _plan(args: Bench) -> Plan:
     from . import cases  # noqa: F401  registers them
     from .case import CASES, DTYPES, find
     from .runner import KERNELS
-    from .steps import STEP_CASES
+    from .steps import STEP_CASES, resized
 
     _whole("n", args.n, 1, 64)
-    for name in ("width", "tokens", "rounds", "threads", "sequences"):
+    for name in ("width", "tokens", "rounds", "threads", "sequences", "layers"):
         value = getattr(args, name)
         _whole(name, value if isinstance(value, tuple) else (value,))
     _choices("dtype", args.dtype, DTYPES)
@@ -283,8 +321,9 @@ def _plan(args: Bench) -> Plan:
         name, variants = find(word, steps)
         taken = chosen.setdefault(name, [])
         taken += [variant for variant in variants if variant not in taken]
-        if name in CASES and args.cases and CASES[name].least_n > min(args.n):
-            raise UserError(f"--n must be at least {CASES[name].least_n} for {name}, got {min(args.n)}")
+        least = min(args.n or STREAMS)
+        if name in CASES and args.cases and CASES[name].least_n > least:
+            raise UserError(f"--n must be at least {CASES[name].least_n} for {name}, got {least}")
     device = find_device(args.device)
     cuda = device.type == "cuda"
     dtypes = args.dtype or (("bf16",) if cuda else ("fp32",))
@@ -293,7 +332,10 @@ def _plan(args: Bench) -> Plan:
     if "fp16" in dtypes:
         chosen = {name: variants for name, variants in chosen.items() if name not in steps}
     named = args.preset or ("L" if cuda else "quick")
-    preset(named)
+    model = preset(named).model
+    if any(name in steps for name in chosen):
+        for width in args.width:
+            resized(model, width, args.layers)
     residuals = ("prenorm", *(r for r in args.residuals if r != "prenorm"))
     for residual in residuals:
         registry.parse_spec(residual)
@@ -376,12 +418,13 @@ def _print_head(record: dict, out) -> None:
     )
 
 
-def _redraw(record: str, plots: str | None) -> int:
+def _redraw(records: tuple[str, ...], plots: str | None) -> int:
     from . import report
 
     if plots is None:
         raise UserError("--from draws the plots of a record; say where to with --plots DIR")
-    for path in report.draw(read_record(record), Path(plots)):
+    problems = [problem for record in records for problem in read_record(record)["problems"]]
+    for path in report.draw({"problems": problems}, Path(plots)):
         print(f"written: {path}")
     return 0
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from ..ops import native
+from ..source import commit
 
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
 """A buffer far beyond the caches. A copy reads and writes as much."""
@@ -27,7 +28,6 @@ def now(device: torch.device) -> float:
 
 def machine(device: torch.device) -> dict:
     """What the figures depend on."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     described = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "vectors": torch.backends.cpu.get_cpu_capability(),
@@ -35,7 +35,7 @@ def machine(device: torch.device) -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cpu_kernels": native.status(),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit(7) or "unknown",
         "date": datetime.date.today().isoformat(),
     }
     if device.type == "cuda":

@@ -3,6 +3,7 @@
 import io
 import os
 from pathlib import Path
+from typing import Any
 
 from ..errors import UserError
 from ..report.plots import INK, PALETTE, _figure, _settings
@@ -25,6 +26,7 @@ def title(problem: dict) -> str:
     parts += [f"D = {problem['width']}"] if problem.get("width") else []
     parts += [f"{problem['tokens']:,} tokens"] if problem.get("tokens") else []
     parts += [f"preset {problem['preset']}"] if problem.get("preset") else []
+    parts += [f"{problem['layers']} blocks"] if problem.get("layers") else []
     parts += [f"{problem['batch']} x 1 token behind {problem['prefix']}"] if problem.get("batch") else []
     return ", ".join(parts)
 
@@ -116,13 +118,23 @@ def _model_table(problem: dict):
 def draw(record: dict, folder: Path) -> list[Path]:
     """Write ``NAME.png`` for all that the record allows to draw; return their paths.
 
-    Raises ``UserError`` where it holds no timed operation.
+    Raises ``UserError`` where it holds nothing of the kind.
     """
     problems = [p for p in record["problems"] if "floor" in p and _own(p) is not None]
-    if not problems:
-        raise UserError("the record holds no timed operation of depthmix, so there is nothing to draw")
+    # Records of earlier versions do not say how wide their models were.
+    steps = [p for p in record["problems"] if p["case"] == "training-step" and "d_model" in p]
+    steps = [p for p in steps if _ratios_of_models(p, "ms")]
+    pictures: dict[str, bytes] = {}
+    if problems:
+        pictures |= {"bandwidth.png": _bandwidth(problems), "ratios.png": _ratios(problems)}
+    if steps:
+        pictures |= {"overhead.png": _overhead(steps), "memory.png": _memory(steps)}
+    if not pictures:
+        raise UserError(
+            "the record holds no timed operation of depthmix and no training step beside PreNorm's, so there is "
+            "nothing to draw"
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = {"bandwidth.png": _bandwidth(problems), "ratios.png": _ratios(problems)}
     return [write_atomically(folder / name, data) for name, data in pictures.items()]
 
 
@@ -138,7 +150,9 @@ def _picture(width: float, height: float, panels: int, paint) -> bytes:
     with matplotlib.rc_context(_settings(INK, 9)):
         figure, axes = _figure(width, height, panels, INK, transparent=False)
         paint(axes)
-        handles = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
+        handles: dict[str, Any] = {}
+        for ax in axes:
+            handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
         columns = max(1, min(len(handles), int(width / 3)))
         figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns)
         buffer = io.BytesIO()
@@ -213,3 +227,88 @@ def _ratios(problems: list[dict]) -> bytes:
         ax.set_xlabel("time of depthmix over another's, forward and backward (below 1: faster)")
 
     return _picture(8, 1.8 + 0.25 * len(names), 1, paint)
+
+
+# Training steps: what differs from PreNorm at the same width, depth and tokens.
+
+
+def _ratios_of_models(problem: dict, measure: str) -> dict[str, tuple[dict, float]]:
+    """Candidate -> its row, and ``measure`` over PreNorm's: ``ms`` turn by turn, others as they are."""
+    timed = {row["candidate"]: row for row in problem["rows"] if row["status"] == "timed"}
+    if "prenorm" not in timed:
+        return {}
+    base = timed.pop("prenorm")["modes"]["step"]
+    found = {}
+    for name, row in timed.items():
+        figures = row["modes"]["step"]
+        found[name] = (
+            row,
+            figures["over"]["prenorm"] if measure == "ms" else figures[measure] / base[measure],
+        )
+    return found
+
+
+def _look(index: int) -> dict:
+    return {"color": PALETTE[index % len(PALETTE)], "marker": MARKS[index // len(PALETTE) % len(MARKS)]}
+
+
+def _overhead(problems: list[dict]) -> bytes:
+    """Time of a step over PreNorm's against D, a line for each model."""
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for problem in problems:
+        for name, (_, ratio) in _ratios_of_models(problem, "ms").items():
+            lines.setdefault(name, []).append((problem["d_model"], ratio))
+    widths = sorted({problem["d_model"] for problem in problems})
+
+    def paint(axes):
+        (ax,) = axes
+        for index, (name, points) in enumerate(lines.items()):
+            ax.plot(*zip(*sorted(points), strict=True), label=name, **_look(index))
+        ax.axhline(1, color=INK, linewidth=1, alpha=0.7)
+        ax.set_xscale("log")
+        ax.set_xticks(widths, map(str, widths))
+        ax.set_xticks([], minor=True)
+        ax.set_xlabel("D")
+        ax.set_ylabel("time of a training step over PreNorm's")
+
+    return _picture(8, 4 + 0.2 * -(-len(lines) // 2), 1, paint)
+
+
+def _memory(problems: list[dict]) -> bytes:
+    """Memory over PreNorm's against n, a panel for each problem; without a count of peaks, what a token leaves."""
+    panels = problems[:4]
+    peaks = all(row["modes"]["step"]["peak_memory_bytes"] for p in panels for row in _timed(p))
+    measure = "peak_memory_bytes" if peaks else "saved_bytes_per_token"
+    found = [_ratios_of_models(problem, measure) for problem in panels]
+    lines = {_without_n(row) for each in found for row, _ in each.values()}
+    looks = {name: _look(index) for index, name in enumerate(sorted(lines))}
+
+    def paint(axes):
+        for ax, problem, each in zip(axes, panels, found, strict=True):
+            points: dict[str, list[tuple[int, float]]] = {}
+            streams = set()
+            for row, ratio in each.values():
+                if "n_streams" in row:
+                    points.setdefault(_without_n(row), []).append((row["n_streams"], ratio))
+                    streams.add(row["n_streams"])
+                else:
+                    name = _without_n(row)
+                    ax.axhline(ratio, color=looks[name]["color"], linestyle="--", linewidth=1, label=name)
+            for name, line in points.items():
+                ax.plot(*zip(*sorted(line), strict=True), label=name, **looks[name])
+            ax.axhline(1, color=INK, linewidth=1, alpha=0.7)
+            ax.set_xticks(sorted(streams))
+            ax.set_xlabel("streams n")
+            ax.set_title(f"D = {problem['d_model']}, {problem['n_layer']} blocks")
+        what = "peak memory of a step" if peaks else "bytes kept per token"
+        axes[0].set_ylabel(f"{what}, over PreNorm's")
+
+    return _picture(max(6, 3.6 * len(panels)), 4 + 0.2 * -(-len(lines) // 2), len(panels), paint)
+
+
+def _timed(problem: dict) -> list[dict]:
+    return [row for row in problem["rows"] if row["status"] == "timed"]
+
+
+def _without_n(row: dict) -> str:
+    return ", ".join([row["residual"], *([row["stream_memory"]] if "stream_memory" in row else [])])

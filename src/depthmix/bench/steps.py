@@ -13,18 +13,19 @@ one vector) for training, logits for generation. The relative error may be twice
 same precision with torch operations only and all streams stored, plus 2^-20.
 """
 
+import contextlib
 import copy
 import dataclasses
 import statistics
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..config import Precision, StreamMemory, TrainConfig
+from ..config import GPTConfig, Precision, StreamMemory, TrainConfig
+from ..errors import UserError
 from ..info import describe, forward_flops
 from ..model import GPT, KVCache
 from ..optim import MuonAdamW, build_optimizer
@@ -55,10 +56,6 @@ class Trainee:
         self.gradients: list[float] = []
         self.updates: list[float] = []
         self.forward = torch.compile(self.model) if self.config.compile else self.model
-
-    def let_go(self) -> None:
-        """Drop what it holds on the device; nothing can be done with it any more."""
-        del self.model, self.forward, self.optimizer
 
 
 def trainee(config: TrainConfig, device: torch.device, kernels: str | None = None) -> Trainee:
@@ -140,17 +137,28 @@ class StepSettings:
     sequences: int | None
     peak_flops: float
     """Of a matrix product in the same run, a second."""
+    n: tuple[int, ...] = ()
+    """Streams of connections that have a choice and whose spec makes none; empty: the preset's number."""
+    width: int | None = None
+    layers: int | None = None
+    """D and the blocks; ``None`` is the preset's."""
+
+    def base(self) -> TrainConfig:
+        """The preset, with these widths, blocks and precision."""
+        config = preset(self.preset)
+        model = resized(config.model, self.width, self.layers)
+        return dataclasses.replace(config, model=model, precision=self.precision, compile=self.compile)
 
     def variants(self) -> list[tuple[str, TrainConfig, str]]:
         """``(label, configuration, kernels)`` of all models, PreNorm first."""
-        base = dataclasses.replace(preset(self.preset), precision=self.precision, compile=self.compile)
+        base = self.base()
         found = []
-        for residual in self.residuals:
+        for residual in (spec for given in self.residuals for spec in _with_streams(given, self.n)):
             configs = [dataclasses.replace(base.model, residual=residual, residual_options={})]
             if "stream_memory" in _fields(residual):
                 configs = [dataclasses.replace(configs[0], stream_memory=m) for m in self.stream_memory]
             for model in configs:
-                label = model.label
+                label = residual
                 if "stream_memory" in _fields(residual):
                     label += f", {model.stream_memory}"
                 kernels = self.kernels if residual != "prenorm" else self.kernels[:1]
@@ -158,6 +166,29 @@ class StepSettings:
                     name = label if choice == "auto" or residual == "prenorm" else f"{label}, {choice}"
                     found.append((name, dataclasses.replace(base, model=model), choice))
         return found
+
+
+def resized(model: GPTConfig, width: int | None, layers: int | None) -> GPTConfig:
+    """The model with D = ``width`` in heads of the same size, and ``layers`` blocks; ``None`` leaves it.
+
+    Raises ``UserError`` for a width that the heads do not divide.
+    """
+    if width is not None:
+        size = model.head_dim
+        if width % size:
+            raise UserError(f"--width of models must be a multiple of their heads' {size}, got {width}")
+        model = dataclasses.replace(model, d_model=width, n_head=width // size)
+    return model if layers is None else dataclasses.replace(model, n_layer=layers)
+
+
+def _with_streams(residual: str, n: tuple[int, ...]) -> list[str]:
+    """The spec once for each number of streams, where it has a choice and does not make it itself."""
+    from ..residuals import registry
+
+    name, values = registry.parse_spec(residual)
+    if "n_streams" not in _fields(residual) or "n_streams" in values or not n:
+        return [registry.format_spec(name, values)]
+    return [registry.format_spec(name, {"n_streams": k, **values}) for k in n]
 
 
 def _fields(residual: str) -> tuple[str, ...]:
@@ -228,47 +259,90 @@ def _describe_failure(error: BaseException) -> dict:
     return {"status": "failed", "reason": f"{type(error).__name__}: {lines[0]}"[:300]}
 
 
-def _row(label: str) -> dict[str, Any]:
+def _row(label: str, config: TrainConfig) -> dict[str, Any]:
     """Of a model that nothing is known about yet."""
-    return {"candidate": label, "kind": "model", "version": None, "status": "waiting", "reason": None}
+    row = {"candidate": label, "kind": "model", "version": None, "status": "waiting", "reason": None}
+    row["residual"] = config.model.label
+    for name in ("n_streams", "stream_memory"):
+        if name in _fields(config.model.residual):
+            row[name] = getattr(config.model, name)
+    return row
 
 
-def training_step(settings: StepSettings) -> dict:
-    """The record of the case: a row for every model."""
+def _shape(config: TrainConfig) -> dict[str, int]:
+    return {"d_model": config.model.d_model, "n_layer": config.model.n_layer}
+
+
+def training_step(
+    settings: StepSettings, known: list[dict], keep: Callable[[dict], None] = lambda problem: None
+) -> dict:
+    """The record of the case: a row for every model, each of which takes turns with PreNorm alone.
+
+    No more than two models are held, however many are asked for; and ``keep`` is given the record so far whenever a row
+    is complete, ``known`` the rows of such a record, which are not measured again.
+    """
     device = settings.device
-    running: list[tuple[dict, Trainee]] = []
-    rows = []
-    for label, config, kernels in settings.variants():
-        row = _row(label)
-        rows.append(row)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                each = trainee(config, device, kernels)
-            _perturb(each.model)
-            row |= _check_training(each, device)
-        except Exception as error:  # listed, and the others go on
-            row |= _describe_failure(error)
-            continue
-        if row["status"] == "timed":
-            running.append((row, each))
-    base = preset(settings.preset)
+    base = settings.base()
     sequences = settings.sequences or _sequences(settings.preset, device)
     passes = max(1, base.batch_size // sequences)
     inputs, targets = random_batch(base, sequences, device)
-    # A model that fails here (out of memory, mostly) must not take the others with it: one round alone first.
-    for row, each in [*running]:
+    rows = {row["candidate"]: row for row in known}
+    wanted = settings.variants()
+    counts = {"tokens": inputs.numel(), "tokens_per_step": base.tokens_per_step}
+    problem = {**_shape(base), **counts}
+
+    def turns(*trainees: Trainee) -> None:
+        for each in trainees:
+            each.gradients, each.updates = [], []
+        train_in_turns([*trainees], inputs, targets, settings.rounds, passes, device)
+
+    def built(row: dict, config: TrainConfig, kernels: str) -> Trainee | None:
+        """Ready for its turns, or ``None`` with the reason in its row."""
+        each = None
         try:
-            train_in_turns([each], inputs, targets, 0, passes, device)
-        except Exception as error:
+            each = trainee(config, device, kernels)
+            _perturb(each.model)
+            row |= _check_training(each, device)
+            if row["status"] == "timed":
+                train_in_turns([each], inputs, targets, 0, passes, device)
+                return each
+        except Exception as error:  # listed, and the others go on
             row |= _describe_failure(error)
-            running.remove((row, each))
-            each.let_go()
-    train_in_turns([each for _, each in running], inputs, targets, settings.rounds, passes, device)
-    baseline = next((each for row, each in running if row["candidate"] == "prenorm"), None)
-    for row, each in running:
-        row["modes"] = {"step": _step_figures(each, baseline, settings, passes, inputs.numel(), device)}
-    return {"tokens": inputs.numel(), "tokens_per_step": base.tokens_per_step, "rows": rows}
+        return None
+
+    baseline: Trainee | None = None
+    with recompiling(len(wanted) + 1):
+        for label, config, kernels in wanted:
+            if label in rows:
+                continue
+            first = label == "prenorm"
+            if baseline is None and not first and rows["prenorm"]["status"] == "timed":
+                baseline = built({}, *wanted[0][1:])
+            row = _row(label, config)
+            each = built(row, config, kernels)
+            if each is not None:
+                turns(*([each] if baseline is None else [baseline, each]))
+                row["modes"] = {
+                    "step": _step_figures(each, baseline, settings, passes, inputs.numel(), device)
+                }
+            rows[label] = row
+            if first:
+                baseline = each
+            del each
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            problem["rows"] = [rows[name] for name, *_ in wanted if name in rows]
+            keep(problem)
+    return problem
+
+
+@contextlib.contextmanager
+def recompiling(models: int) -> Iterator[None]:
+    """Room for the graphs of as many models in one process; beyond eight the compiler would leave them uncompiled."""
+    import torch._dynamo.config as config
+
+    with config.patch(recompile_limit=max(config.recompile_limit, models), fail_on_recompile_limit_hit=True):
+        yield
 
 
 def _sequences(name: str, device: torch.device) -> int:
@@ -310,7 +384,7 @@ BATCHES = (1, 8, 64)
 def generation_step(settings: StepSettings, batch: int) -> dict:
     """The record of the case at one batch size: a row for every model."""
     device = settings.device
-    base = preset(settings.preset)
+    base = settings.base()
     prefix = max(1, min(512, base.model.seq_len // 2))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, base.model.vocab_size, (batch, prefix + 1), generator=generator).to(device)
@@ -321,13 +395,11 @@ def generation_step(settings: StepSettings, batch: int) -> dict:
         if label in names:  # without gradients nothing is stored, however it would be
             continue
         names.add(label)
-        row = _row(label)
+        row = _row(label, config)
         rows.append(row)
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                model = build_model(config, device).eval()
-                _perturb(model)
+            model = build_model(config, device).eval()
+            _perturb(model)
             row |= _check_generation(model, config, kernels, ids[:1, : CHECK_TOKENS + 1])
             if row["status"] == "timed":
                 running.append((row, _decoder(model, ids, prefix), kernels, []))
@@ -353,7 +425,7 @@ def generation_step(settings: StepSettings, batch: int) -> dict:
                 else {"prenorm": statistics.median(a / b for a, b in zip(seconds, baseline, strict=True))},
             }
         }
-    return {"batch": batch, "prefix": prefix, "rows": rows}
+    return {**_shape(base), "batch": batch, "prefix": prefix, "rows": rows}
 
 
 def _decoder(model: GPT, ids: Tensor, prefix: int) -> Callable[[], Tensor]:

@@ -1,11 +1,11 @@
 """The model card: what the run was and what it reached, from the files of its folder alone."""
 
-import subprocess
 from pathlib import Path
 
 from ..config import TrainConfig
 from ..report.records import RunRecord
 from ..report.reproduce import train_command
+from ..source import commit
 
 
 def card(
@@ -17,7 +17,7 @@ def card(
     standalone: bool,
 ) -> str:
     """``README.md`` of an exported folder, for the weights of optimiser step ``step``."""
-    model = config.model
+    model, made_by = config.model, commit(40)
     rows = [
         ("residual connection", f"`{model.label}`"),
         ("parameters", f"{parameters:,}"),
@@ -33,7 +33,7 @@ def card(
         ("precision", f"`{config.precision}`"),
         ("seed", str(config.seed)),
         ("trained with", _versions(record)),
-        ("exported from commit", _commit()),
+        ("exported from commit", f"`{made_by}`" if made_by else None),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows if value)
     first = "" if standalone else "import depthmix.hf  # pip install 'depthmix[hf]'\n"
@@ -102,22 +102,6 @@ def _versions(record: RunRecord | None) -> str | None:
     environment = {} if record is None else record.environment
     known = [f"{name} {environment[name]}" for name in ("depthmix", "torch") if name in environment]
     return ", ".join(known) or None
-
-
-def _commit() -> str | None:
-    """Of the sources that run, where they lie in a clone of them (and not in some other project's)."""
-    said = ""
-    for command in (["ls-files", "--error-unmatch", Path(__file__).name], ["rev-parse", "HEAD"]):
-        try:
-            found = subprocess.run(
-                ["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
-            )
-        except (OSError, subprocess.SubprocessError):
-            return None
-        if found.returncode:
-            return None
-        said = found.stdout.strip()
-    return f"`{said}`"
 
 
 def _without_places(config: TrainConfig) -> dict:

@@ -10,7 +10,6 @@ machine), ``commit`` and ``ended`` (UTC). Losses are in nats a token, and None w
 import datetime
 import json
 import os
-import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 
 from ..errors import RunError, UserError
 from ..report.records import parse_lines, read_json, read_lines, read_run
+from ..source import commit
 from .declare import Cell
 
 FORMAT = 1
@@ -123,7 +123,7 @@ def record_of(cell: Cell, folder: Path, side_by_side: int) -> dict | None:
         "depth": depth_of(folder),
         "environment": run.environment,
         "side_by_side": side_by_side,
-        "commit": commit(),
+        "commit": commit() or "unknown",
         "ended": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
@@ -170,20 +170,3 @@ def _sources(weights: list[float | None] | None) -> float | None:
 
 def _rounded(values: Iterable[float]) -> list[float | None]:
     return [round(float(value), 5) if np.isfinite(value) else None for value in values]
-
-
-def commit() -> str:
-    """Of the source that runs: eight digits, ``+`` behind them where files differ from it; "unknown" outside of git."""
-    here = Path(__file__).parent
-
-    def git(*words: str) -> str:
-        ran = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True)
-        return ran.stdout.strip() if ran.returncode == 0 else ""
-
-    try:
-        found = git("rev-parse", "--short=8", "HEAD")
-        return (
-            found + "+" * bool(git("status", "--porcelain", "--", str(here.parent))) if found else "unknown"
-        )
-    except OSError:
-        return "unknown"
