@@ -255,7 +255,7 @@ def test_findings_of_the_tiny_study(text):
         "0.8 M",
         "1.6 M",
     }
-    assert all(len(fit.points) == 3 + 3 + 3 + 2 for fit in fits.values())
+    assert sizes.done == sizes.wanted == 60 and all(len(fit.points) == 4 * 3 for fit in fits.values())
     # A table of sizes, and so of depths, has no figure of what rows do in depth.
     assert draw_depth(sizes) is None and draw_depth(names) is not None
     more = [fits[name].multiplier for name in ("attnres-block:blocks=4", "attnres")]
@@ -294,6 +294,8 @@ def test_findings_of_the_tiny_study(text):
     }
     for gate in gates:
         assert all(loss < at_last_size["prenorm"][seed] for seed, loss in at_last_size[gate.name].items())
+        row = sizes.row(gate.name, "1.6 M")
+        assert row.verdict == "none" and f"(p = {row.p:.3f} for each after correction)" in text
     above = {name: loss_and_line(fit.points) for name, fit in fits.items()}
     over = [loss - line for loss, line in above.values()]
     assert f"rows end {min(over):.2f} to {max(over):.2f} above the line through their first three" in text
