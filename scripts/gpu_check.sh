@@ -97,6 +97,8 @@ print(digest.hexdigest())'
         ;;
     generation) bench generation-gpu generation-step --preset S --dtype bf16 ;;
     study) # the nine rows of Table 1 at preset xs; needs $DEPTHMIX_TEXT, the folder of the text
+        # What has ended is in results/xs, and a copy of it where the other records are, however this ends.
+        trap 'if [ -d results/xs ]; then mkdir -p "$RESULTS/xs" && cp results/xs/*.jsonl "$RESULTS/xs/"; fi' EXIT
         run "$PYTHON" -m depthmix study studies/xs.toml --devices 0
         ;;
     *)
