@@ -85,11 +85,11 @@ print(digest.hexdigest())'
     steps) # the paper's sizes, then wide ones of few blocks
         for preset in S M L; do
             bench "training-step-$preset-gpu" training-step --preset $preset --dtype bf16 --compile --n 4 8 \
-                --residuals prenorm attnres attnres-block:blocks=4 attnres-block:blocks=8 mhc:n_streams=4 \
-                mhc-lite:n_streams=4 mgr-independent mgr-competitive --stream-memory store inversion replay
+                --residuals prenorm mgr-competitive mgr-independent attnres-block:blocks=4 attnres \
+                attnres-block:blocks=8 mhc-lite:n_streams=4 mhc:n_streams=4 --stream-memory replay store inversion
         done
         bench training-step-wide-gpu training-step --preset L --layers 8 --width 1280 2048 4096 --sequences 8 \
-            --dtype bf16 --compile --n 4 8 --residuals prenorm attnres-block:blocks=4 mgr-independent mgr-competitive
+            --dtype bf16 --compile --n 4 8 --residuals prenorm mgr-competitive mgr-independent attnres-block:blocks=4
         ;;
     plots) # of what the steps before have measured
         "$PYTHON" -m depthmix bench --from "$RESULTS"/training-step-*-gpu.json --plots "$RESULTS/plots-steps"
