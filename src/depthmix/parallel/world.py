@@ -16,7 +16,6 @@ process that fails by itself leaves its reason in the store before it goes.
 import atexit
 import contextlib
 import datetime
-import functools
 import gc
 import os
 import signal
@@ -238,8 +237,9 @@ class ManyProcesses(World):
         for holder in self._holders:
             if (drop := holder()) is not None:
                 drop()
+        if self.mesh is not None:
+            _take_groups_from(self.mesh)
         self.mesh = self.tied_group = None
-        _forget_meshes()
         gc.collect()
         atexit.unregister(_collect)  # once, however many trainings this process has
         atexit.register(_collect)
@@ -445,22 +445,14 @@ def _launcher_keeps_store() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def _forget_meshes() -> None:
-    """Empty what DTensor remembers of operations it has seen: it holds their meshes, and these hold their groups."""
-    if "torch.distributed.tensor" not in sys.modules:
-        return
-    from torch.distributed.tensor import _redistribute, debug
+def _take_groups_from(mesh) -> None:
+    """Leave a mesh, and what was cut out of it, without its groups, whoever still holds it.
 
+    DTensor's caches hold the meshes of the operations that they have seen, and torch 2.11 loses count of some.
+    """
     # Private: a torch that does without one of them must not fail a training at its end.
-    for module, clear in (
-        (debug, "_clear_sharding_prop_cache"),
-        (_redistribute, "clear_redistribute_planner_cache"),
-    ):
-        getattr(module, clear, lambda: None)()
-    for found in gc.get_objects():
-        if type(found) is functools._lru_cache_wrapper:
-            if str(found.__module__).startswith("torch.distributed.tensor."):
-                found.cache_clear()
+    root = getattr(mesh, "_get_root_mesh", lambda: mesh)()
+    getattr(root, "_pg_registry", {}).clear()
 
 
 def _collect() -> None:
