@@ -15,7 +15,13 @@ export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
 JOBS=${JOBS:-8}
 until=${SECONDS_LEFT:+$(($(date +%s) + SECONDS_LEFT))}
 mkdir -p "$RESULTS"
-"$PYTHON" -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "gpu-check: torch finds no CUDA device here")'
+"$PYTHON" -c '
+import sys
+try:
+    import torch
+except ImportError:
+    sys.exit(f"gpu-check: {sys.executable} has no torch; name a Python that has one for CUDA in $PYTHON")
+sys.exit(0 if torch.cuda.is_available() else "gpu-check: torch finds no CUDA device here")'
 
 no_time() {
     echo "gpu-check: no time left; the same command goes on from here" >&2

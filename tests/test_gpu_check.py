@@ -125,10 +125,18 @@ def test_failures(check):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_no_gpu():
-    done = subprocess.run(
-        ["sh", str(ROOT / "scripts/gpu_check.sh")],
-        env=os.environ | {"PYTHON": sys.executable},
-        capture_output=True,
-    )
-    assert done.returncode == 1 and b"torch finds no CUDA device here" in done.stderr
+def test_no_gpu_and_no_torch(tmp_path):
+    bare = tmp_path / "bare"  # the same Python without its packages
+    bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')
+    bare.chmod(0o755)
+    for python, message in (
+        (sys.executable, "torch finds no CUDA device here"),
+        (bare, "has no torch; name a"),
+    ):
+        done = subprocess.run(
+            ["sh", str(ROOT / "scripts/gpu_check.sh")],
+            env=os.environ | {"PYTHON": str(python), "PYTHONPATH": "", "RESULTS": str(tmp_path / "results")},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 1 and done.stderr.startswith("gpu-check: ") and message in done.stderr
