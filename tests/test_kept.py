@@ -32,8 +32,10 @@ def test_left_untidy(spoilt):
     note("untidy")
 
 def test_skipped():
+    # Stands for a test that cannot run yet: skipped is not passed, so --kept must have it run again.
     note("skipped")
-    "MENDED" in os.environ or pytest.skip()
+    if "MENDED" not in os.environ:
+        pytest.skip("what it needs is missing until MENDED is set")
 
 def test_killed():
     note("killed")
