@@ -1,7 +1,7 @@
 #!/bin/sh
 # Everything that needs an NVIDIA GPU, as steps that can be run one by one and repeated: what is finished is kept.
 #
-#   scripts/gpu_check.sh [STEP ...]      default: kernels ops tests determinism memory steps generation plots sanitizer
+#   scripts/gpu_check.sh [STEP ...]      default: all but study, the most valuable first
 #
 # Runs the source as it lies here with $PYTHON (default python3), which must have torch for CUDA, triton and depthmix's
 # dependencies with the extra test; nothing is installed. Records go to $RESULTS (default benchmarks/results), the names
@@ -12,6 +12,7 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 RESULTS=${RESULTS:-benchmarks/results}
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
+STEPS="kernels ops tests determinism memory steps generation plots sanitizer"
 JOBS=${JOBS:-8}
 until=${SECONDS_LEFT:+$(($(date +%s) + SECONDS_LEFT))}
 mkdir -p "$RESULTS"
@@ -55,17 +56,8 @@ tests() { # those that have passed with these sources are left out
     run "$@" --kept "$RESULTS/gpu-check/$name.txt"
 }
 
-step() {
-    case $1 in
-    kernels) # compiled for real, in fp32, bf16 and fp16; compiled models; CUDA graphs
-        tests kernels env OMP_NUM_THREADS=1 "$PYTHON" -m pytest -n "$JOBS" -m kernels tests/kernels
-        ;;
-    tests) # all others
-        tests tests env OMP_NUM_THREADS=1 "$PYTHON" -m pytest -n "$JOBS" --dist loadfile -m "not slow"
-        ;;
-    determinism) # two processes, the same bits
-        for turn in 1 2; do
-            "$PYTHON" -c '
+digest() { # of the gradients of one step of several models
+    run "$PYTHON" -c '
 import hashlib, torch
 from depthmix import GPT, GPTConfig
 digest = hashlib.sha256()
@@ -78,7 +70,31 @@ for dtype in (torch.float32, torch.bfloat16):
             if "embed" not in name:  # torch adds the rows of an embedding in any order
                 digest.update(p.grad.float().cpu().numpy().tobytes())
 print(digest.hexdigest())'
-        done | sort | uniq -c | awk '{ print; if ($1 == 2) same = 1 } END { exit !same }'
+}
+
+train_bench() { # one record of the rows of Table 1
+    record=training-step-$1-gpu
+    shift
+    bench "$record" training-step "$@" --dtype bf16 --compile --n 4 8 --stream-memory replay store inversion \
+        --residuals prenorm mgr-competitive mgr-independent attnres-block:blocks=4 attnres attnres-block:blocks=8 \
+        mhc-lite:n_streams=4 mhc:n_streams=4
+}
+
+step() {
+    case $1 in
+    kernels) # compiled for real, in fp32, bf16 and fp16; compiled models; CUDA graphs
+        tests kernels env OMP_NUM_THREADS=1 "$PYTHON" -m pytest -n "$JOBS" -m kernels tests/kernels
+        ;;
+    tests) # all others
+        tests tests env OMP_NUM_THREADS=1 "$PYTHON" -m pytest -n "$JOBS" --dist loadfile -m "not slow"
+        ;;
+    determinism) # two processes, the same bits
+        first=$(digest)
+        second=$(digest)
+        [ "$first" = "$second" ] || {
+            echo "gpu-check: the gradients of two runs are not the same bits: $first, $second" >&2
+            exit 1
+        }
         ;;
     sanitizer) # reads and writes outside of tensors, and races, of every kernel at small sizes
         for tool in memcheck racecheck; do
@@ -90,12 +106,9 @@ print(digest.hexdigest())'
     memory) run "$PYTHON" benchmarks/stream_memory.py --out "$RESULTS/stream-memory.json" ;;
     steps) # the paper's sizes, then wide ones of few blocks
         for preset in S M L; do
-            bench "training-step-$preset-gpu" training-step --preset $preset --dtype bf16 --compile --n 4 8 \
-                --residuals prenorm mgr-competitive mgr-independent attnres-block:blocks=4 attnres \
-                attnres-block:blocks=8 mhc-lite:n_streams=4 mhc:n_streams=4 --stream-memory replay store inversion
+            train_bench $preset --preset $preset
         done
-        bench training-step-wide-gpu training-step --preset L --layers 8 --width 1280 2048 4096 --sequences 8 \
-            --dtype bf16 --compile --n 4 8 --residuals prenorm mgr-competitive mgr-independent attnres-block:blocks=4
+        train_bench wide --preset L --layers 8 --width 1280 2048 4096 --sequences 8
         ;;
     plots) # of what the steps before have measured
         "$PYTHON" -m depthmix bench --from "$RESULTS"/training-step-*-gpu.json --plots "$RESULTS/plots-steps"
@@ -108,13 +121,13 @@ print(digest.hexdigest())'
         run "$PYTHON" -m depthmix study studies/xs.toml --devices 0
         ;;
     *)
-        echo "gpu-check: no step named '$1'; steps: kernels ops tests determinism memory steps generation plots sanitizer study" >&2
+        echo "gpu-check: no step named '$1'; steps: $STEPS study" >&2
         exit 2
         ;;
     esac
 }
 
-[ $# -gt 0 ] || set -- kernels ops tests determinism memory steps generation plots sanitizer
+[ $# -gt 0 ] || set -- $STEPS
 for name in "$@"; do
     echo "--- $name"
     step "$name"

@@ -720,6 +720,25 @@ def test_a_model_that_fails_is_listed(tiny_preset, monkeypatch, tmp_path):
     assert mgr["status"] == "failed" and "no kernel" in mgr["reason"] and prenorm["status"] == "timed"
 
 
+def test_a_model_that_fails_in_its_turns_is_listed(tiny_preset, monkeypatch, tmp_path):
+    """Beside PreNorm, as for want of memory; the next one and PreNorm go on as if nothing had been."""
+    real = steps.train_in_turns
+
+    def failing(trainees, *args):
+        real(trainees, *args)
+        if len(trainees) == 2 and trainees[1].config.model.residual == "attnres":
+            raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(steps, "train_in_turns", failing)
+    out = tmp_path / "record.json"
+    assert run("training-step", "--preset", "tiny", "--residuals", "attnres", "mgr-review", out=out) == 1
+    (problem,) = json.loads(out.read_text())["problems"]
+    prenorm, attnres, review = problem["rows"]
+    assert attnres["status"] == "failed" and "no room" in attnres["reason"] and "modes" not in attnres
+    assert prenorm["status"] == review["status"] == "timed"
+    assert review["modes"]["step"]["over"]["prenorm"] > 0 and "unfinished" not in problem
+
+
 # --- layouts of other packages ----------------------------------------------------------------
 # The packages need a GPU. Here stand-ins with their documented layouts, in plain torch: what the adapters
 # hand over and take back is tested, not the packages.

@@ -34,9 +34,9 @@ class Kept:
     """Reads FILE once, in the first process alone: with xdist all processes must collect the same tests."""
 
     def __init__(self, config):
-        self.begun = getattr(config, "workerinput", None)
+        self.worker = getattr(config, "workerinput", None)
         self.path = config.getoption("kept")
-        self.passed = set(self.begun["kept"]) if self.begun is not None else self.read()
+        self.passed = set(self.worker["kept"]) if self.worker is not None else self.read()
         self.ran: set[str] = set()
 
     def read(self) -> set[str]:
@@ -59,7 +59,7 @@ class Kept:
             config.hook.pytest_deselected(items=gone)
 
     def pytest_runtest_logreport(self, report):
-        if self.begun is not None or not report.passed:
+        if self.worker is not None or not report.passed:
             return
         if report.when == "call":
             self.ran.add(report.nodeid)

@@ -123,8 +123,9 @@ def main(argv: list[str]) -> int:
         _print_head(record, out)
         problems = {problem["key"]: problem for problem in record["problems"]}
         done = {key for key, problem in problems.items() if not problem.get("unfinished")}
-        for key in done:
-            report.print_problem(problems[key], out)
+        for key, problem in problems.items():
+            if key in done:
+                report.print_problem(problem, out)
 
         def keep(key: str, problem: dict) -> None:
             problems[key] = {"key": key, **problem}

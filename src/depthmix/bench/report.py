@@ -241,10 +241,9 @@ def _ratios_of_models(problem: dict, measure: str) -> dict[str, tuple[dict, floa
     found = {}
     for name, row in timed.items():
         figures = row["modes"]["step"]
-        found[name] = (
-            row,
-            figures["over"]["prenorm"] if measure == "ms" else figures[measure] / base[measure],
-        )
+        ratio = figures["over"].get("prenorm") if measure == "ms" else figures[measure] / base[measure]
+        if ratio is not None:  # PreNorm was measured once, and could not be built again for this one's turns
+            found[name] = (row, ratio)
     return found
 
 

@@ -291,42 +291,40 @@ def training_step(
     counts = {"tokens": inputs.numel(), "tokens_per_step": base.tokens_per_step}
     problem = {**_shape(base), **counts}
 
-    def turns(*trainees: Trainee) -> None:
+    def turns(*trainees: Trainee, rounds: int) -> None:
         for each in trainees:
             each.gradients, each.updates = [], []
-        train_in_turns([*trainees], inputs, targets, settings.rounds, passes, device)
+            each.optimizer.zero_grad()  # of turns that another model broke off
+        train_in_turns([*trainees], inputs, targets, rounds, passes, device)
 
     def built(row: dict, config: TrainConfig, kernels: str) -> Trainee | None:
-        """Ready for its turns, or ``None`` with the reason in its row."""
-        each = None
-        try:
-            each = trainee(config, device, kernels)
-            _perturb(each.model)
-            row |= _check_training(each, device)
-            if row["status"] == "timed":
-                train_in_turns([each], inputs, targets, 0, passes, device)
-                return each
-        except Exception as error:  # listed, and the others go on
-            row |= _describe_failure(error)
-        return None
+        """Checked and once through a step by itself; ``None`` where it is wrong."""
+        each = trainee(config, device, kernels)
+        _perturb(each.model)
+        row |= _check_training(each, device)
+        if row["status"] != "timed":
+            return None
+        turns(each, rounds=0)
+        return each
 
     baseline: Trainee | None = None
     with recompiling(len(wanted) + 1):
         for label, config, kernels in wanted:
             if label in rows:
                 continue
-            first = label == "prenorm"
-            if baseline is None and not first and rows["prenorm"]["status"] == "timed":
+            if label != "prenorm" and baseline is None and rows["prenorm"]["status"] == "timed":
                 baseline = built({}, *wanted[0][1:])
-            row = _row(label, config)
-            each = built(row, config, kernels)
-            if each is not None:
-                turns(*([each] if baseline is None else [baseline, each]))
-                row["modes"] = {
-                    "step": _step_figures(each, baseline, settings, passes, inputs.numel(), device)
-                }
+            row, each = _row(label, config), None
+            try:
+                each = built(row, config, kernels)
+                if each is not None:
+                    turns(*([] if baseline is None else [baseline]), each, rounds=settings.rounds)
+                    figures = _step_figures(each, baseline, settings, passes, inputs.numel(), device)
+                    row["modes"] = {"step": figures}
+            except Exception as error:  # listed, and the others go on
+                row |= _describe_failure(error)
             rows[label] = row
-            if first:
+            if label == "prenorm" and row["status"] == "timed":
                 baseline = each
             del each
             if device.type == "cuda":
