@@ -656,7 +656,9 @@ def test_plots_of_training_steps(tiny_preset, tmp_path, capsys):
     drawn = {}
     folder = tmp_path / "plots"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "_picture", lambda width, height, panels, paint: drawing(drawn, panels, paint))
+        patch.setattr(
+            report, "_picture", lambda width, height, panels, paint, rows=1: drawing(drawn, panels, paint)
+        )
         assert cli.main(["bench", "--from", *map(str, outs), "--plots", str(folder)]) == 0
     overhead, memory = drawn.values()
     (ax,) = overhead
@@ -674,6 +676,16 @@ def test_plots_of_training_steps(tiny_preset, tmp_path, capsys):
         assert {y for _, y in lines["attnres"]} == {kept["attnres"] / kept["prenorm"]}
     assert cli.main(["bench", "--from", *map(str, outs), "--plots", str(folder)]) == 0
     assert {path.name for path in folder.iterdir()} == {"overhead.png", "memory.png"}
+    # What differs in depth alone, or in both, is in no line with what differs in width.
+    deeper = [{**problem, "n_layer": 9} for problem in problems[:1]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            report, "_picture", lambda width, height, panels, paint, rows=1: drawing(drawn, panels, paint)
+        )
+        report.draw({"problems": problems + deeper}, folder)
+    overhead, memory = [*drawn.values()][-2:]
+    assert [ax.get_title() for ax in overhead] == ["4 blocks", "9 blocks"] and len(memory) == 3
+    assert {len(line.get_xdata()) for line in overhead[1].lines if line.get_label() == "attnres"} == {1}
     # A record of models alone by themselves has nothing to show.
     for out in outs:
         record = json.loads(out.read_text())

@@ -144,11 +144,11 @@ def _own(problem: dict) -> dict | None:
     return min(rows, key=lambda r: (r["candidate"] != "depthmix", r["modes"]["both"]["ms"]), default=None)
 
 
-def _picture(width: float, height: float, panels: int, paint) -> bytes:
+def _picture(width: float, height: float, panels: int, paint, rows: int = 1) -> bytes:
     import matplotlib
 
     with matplotlib.rc_context(_settings(INK, 9)):
-        figure, axes = _figure(width, height, panels, INK, transparent=False)
+        figure, axes = _figure(width, height, panels, INK, transparent=False, rows=rows)
         paint(axes)
         handles: dict[str, Any] = {}
         for ax in axes:
@@ -252,38 +252,55 @@ def _look(index: int) -> dict:
 
 
 def _overhead(problems: list[dict]) -> bytes:
-    """Time of a step over PreNorm's against D, a line for each model."""
-    lines: dict[str, list[tuple[int, float]]] = {}
+    """Time of a step over PreNorm's against D, a line for each model.
+
+    A panel for each depth that has several widths, and one for what differs in both.
+    """
+    depths: dict[int, list[dict]] = {}
     for problem in problems:
-        for name, (_, ratio) in _ratios_of_models(problem, "ms").items():
-            lines.setdefault(name, []).append((problem["d_model"], ratio))
-    widths = sorted({problem["d_model"] for problem in problems})
+        depths.setdefault(problem["n_layer"], []).append(problem)
+    panels, others = {}, []
+    for depth, group in depths.items():
+        if len({problem["d_model"] for problem in group}) > 1:
+            panels[f"{depth} blocks"] = group
+        else:
+            others += group
+    if others:
+        panels[", ".join(f"{problem['n_layer']}" for problem in others) + " blocks"] = others
+    names = dict.fromkeys(name for problem in problems for name in _ratios_of_models(problem, "ms"))
+    looks = {name: _look(index) for index, name in enumerate(names)}
 
     def paint(axes):
-        (ax,) = axes
-        for index, (name, points) in enumerate(lines.items()):
-            ax.plot(*zip(*sorted(points), strict=True), label=name, **_look(index))
-        ax.axhline(1, color=INK, linewidth=1, alpha=0.7)
-        ax.set_xscale("log")
-        ax.set_xticks(widths, map(str, widths))
-        ax.set_xticks([], minor=True)
-        ax.set_xlabel("D")
-        ax.set_ylabel("time of a training step over PreNorm's")
+        for ax, (title, group) in zip(axes, panels.items(), strict=True):
+            lines: dict[str, list[tuple[int, float]]] = {}
+            for problem in group:
+                for name, (_, ratio) in _ratios_of_models(problem, "ms").items():
+                    lines.setdefault(name, []).append((problem["d_model"], ratio))
+            for name, points in lines.items():
+                ax.plot(*zip(*sorted(points), strict=True), label=name, **looks[name])
+            widths = sorted({problem["d_model"] for problem in group})
+            ax.axhline(1, color=INK, linewidth=1, alpha=0.7)
+            ax.set_xscale("log")
+            ax.set_xticks(widths, map(str, widths))
+            ax.set_xticks([], minor=True)
+            ax.set_xlabel("D")
+            ax.set_title(title)
+        axes[0].set_ylabel("time of a training step over PreNorm's")
 
-    return _picture(8, 4 + 0.2 * -(-len(lines) // 2), 1, paint)
+    width = max(8.0, 5.0 * len(panels))
+    return _picture(width, 4 + 0.2 * -(-len(names) // 2), len(panels), paint)
 
 
 def _memory(problems: list[dict]) -> bytes:
     """Memory over PreNorm's against n, a panel for each problem; without a count of peaks, what a token leaves."""
-    panels = problems[:4]
-    peaks = all(row["modes"]["step"]["peak_memory_bytes"] for p in panels for row in _timed(p))
+    peaks = all(row["modes"]["step"]["peak_memory_bytes"] for p in problems for row in _timed(p))
     measure = "peak_memory_bytes" if peaks else "saved_bytes_per_token"
-    found = [_ratios_of_models(problem, measure) for problem in panels]
+    found = [_ratios_of_models(problem, measure) for problem in problems]
     lines = {_without_n(row) for each in found for row, _ in each.values()}
     looks = {name: _look(index) for index, name in enumerate(sorted(lines))}
 
     def paint(axes):
-        for ax, problem, each in zip(axes, panels, found, strict=True):
+        for ax, problem, each in zip(axes, problems, found, strict=True):
             points: dict[str, list[tuple[int, float]]] = {}
             streams = set()
             for row, ratio in each.values():
@@ -302,7 +319,9 @@ def _memory(problems: list[dict]) -> bytes:
         what = "peak memory of a step" if peaks else "bytes kept per token"
         axes[0].set_ylabel(f"{what}, over PreNorm's")
 
-    return _picture(max(6, 3.6 * len(panels)), 4 + 0.2 * -(-len(lines) // 2), len(panels), paint)
+    rows = -(-len(problems) // 4)
+    width = max(6.0, 3.6 * -(-len(problems) // rows))
+    return _picture(width, 3.5 * rows + 0.2 * (len(lines) + 2), len(problems), paint, rows)
 
 
 def _timed(problem: dict) -> list[dict]:
